@@ -1,0 +1,28 @@
+# A 1.8 M-parameter byte-level Llama: AR pre-training from scratch (stage 0), then the three stages. Downloads nothing.
+# python convert.py config/tiny.py        about 3 minutes on 2 CPU cores
+model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+                  "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+                  "tie_word_embeddings": true}"""
+tokenizer_name = "bytes"
+dataset_name = "pydoc"
+max_seq_length = 256
+eval_samples = 64
+
+# 16 windows x 256 bytes = 4096 bytes a step, 800 steps
+batch_size = 16
+gradient_accumulation_steps = 1
+max_steps = 800
+stage0_epochs = 3.0
+stage1_epochs = 1.0
+stage2_epochs = 3.0
+stage3_epochs = 1.0
+learning_rate = 2e-3
+warmup_steps = 30
+
+dtype = "float32"  # bfloat16 is slow on many CPUs
+compile_model = False  # would cost more seconds than it saves here
+use_8bit_adam = False  # 1.8 M parameters need no saving
+use_gradient_checkpointing = False
+eval_steps = 100
+save_steps = 200
+sample_prompt = "The statement "

@@ -1,0 +1,1075 @@
+"""Turn a pre-trained autoregressive (AR) language model into a masked-diffusion language model, in three stages.
+
+  python convert.py config/tiny.py                             # a laptop, 3 minutes, downloads nothing
+  python convert.py config/phi2.py config/single_a6000.py      # Phi-2 on one 48 GB card
+  python convert.py config/phi2.py --dry_run                   # what it would cost: hours, memory, disk
+  python convert.py config/phi2.py --resume                    # go on after a kill, bit for bit
+  python convert.py --model_name=./my_model --dataset_name=my_text.txt --batch_size=4
+
+Config files and --name=value override the settings below, left to right. out_dir/final is then a plain Hugging Face
+folder (the AR model, recovered) with diffusion.safetensors and diffusion.json beside it; sample.py writes with it.
+"""
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers is imported, which reads it once
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from configurator import UserError, configure, names_of, nearest, run
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model
+model_name = "openai-community/gpt2"  # a hub name, a local folder, a .gguf file, or the final/ of an earlier run
+model_config = ""  # JSON of a Hugging Face config with model_type: random weights instead of model_name, for stage 0
+tokenizer_name = ""  # "": the model's own; "bytes": one token a byte; else a hub name or a folder
+use_bidirectional_attention = True  # False: attention stays causal, to see what the other direction is worth
+use_time_embedding = True  # tell the masked positions how noisy the window is
+logit_shift = True  # token i is read from the hidden state at i-1, as the AR model was trained to; False: at i
+# data
+dataset_name = "Salesforce/wikitext"  # a hub name, a .txt .jsonl .json .csv .parquet file or folder, or "pydoc"
+dataset_config = "wikitext-103-raw-v1"  # the hub data set's configuration; "": its default
+text_column = "text"  # of a table; the other columns are not read
+cache_dir = "model_cache"  # tokens land here, keyed by all they depend on
+max_seq_length = 512  # tokens in a window
+max_train_samples = 50000  # windows; no more is tokenised than needed
+eval_samples = 128  # held-out windows
+num_proc = 0  # threads that tokenise; 0: one a core
+# optimizer
+batch_size = 2  # windows in a micro-batch; halved by itself when memory runs out
+gradient_accumulation_steps = 16  # micro-batches in an optimizer step
+learning_rate = 1e-4  # peak, before a stage's scale
+lr_schedule = "cosine"  # after the warm-up, to zero within each stage: cosine | linear | constant
+warmup_steps = 100  # of each stage, a fifth of its steps at most
+weight_decay = 0.01  # of matrices; vectors have none
+beta1 = 0.9  # AdamW
+beta2 = 0.95  # AdamW; below 0.999, as the loss of a step is noisy
+max_grad_norm = 1.0  # 0: no clipping
+use_8bit_adam = True  # bitsandbytes: 2 bytes of optimizer state a parameter instead of 8
+# stages
+stage0_epochs = 0.0  # AR pre-training, for a model_config without weights
+stage1_epochs = 2.0  # attention adaptation
+stage2_epochs = 4.0  # diffusion
+stage3_epochs = 2.0  # recovery of the causal ability
+stage0_lr_scale = 1.0  # of learning_rate
+stage1_lr_scale = 0.5  # little at first: attention has just been turned
+stage2_lr_scale = 1.0  # of learning_rate
+stage3_lr_scale = 0.3  # of learning_rate
+lm_loss_weight = 0.5  # of the causal loss, in stage 3
+max_steps = 0  # optimizer steps of all stages together, in proportion to their epochs; 0: by epochs
+# diffusion
+num_timesteps = 1000  # T
+noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
+# machine
+device = "auto"  # auto | cuda | cuda:1 | mps | cpu
+dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; the weights are always float32
+compile_model = True  # torch.compile, decoder layer by decoder layer
+use_gradient_checkpointing = True  # a third more compute for far less activation memory
+max_memory_gb = 0.0  # warns at 90 % of it, a cap on CUDA; 0: the device's, less 3
+# run
+out_dir = ""  # "": outputs/<name of the config file>_diffusion
+save_steps = 2500  # optimizer steps between checkpoints, one at the end of each stage too; 0: only there
+eval_steps = 1000  # optimizer steps between evaluations
+log_steps = 10  # optimizer steps between log lines
+keep_checkpoints = 2  # newest ones kept on disk
+resume = False  # from the newest whole checkpoint of out_dir
+checkpoint = ""  # from this one
+sample_prompt = "The meaning of"  # continued at each evaluation
+use_wandb = False  # the same numbers to Weights & Biases; nothing leaves the machine otherwise
+wandb_project = "diffusion-converter"  # only with use_wandb
+dry_run = False  # load, measure three steps a stage, print what the run would cost, write nothing to out_dir
+debug = False  # 20 steps with anomaly detection, shapes and finite checks
+seed = 1337  # of data order, noise, dropout and random weights
+
+allowed = {
+    "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
+    "dtype": {"bfloat16", "float16", "float32"}, "num_timesteps": (1, 10**6), "max_seq_length": (2, 10**6),
+    "max_train_samples": (1, 10**9), "eval_samples": (1, 10**6), "num_proc": (0, 1024), "batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6), "learning_rate": (0, 1), "warmup_steps": (0, 10**9),
+    "weight_decay": (0, 10), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "max_grad_norm": (0, 1e9),
+    **{f"stage{i}_epochs": (0, 10**4) for i in range(4)}, **{f"stage{i}_lr_scale": (0, 100) for i in range(4)},
+    "lm_loss_weight": (0, 1000), "max_steps": (0, 10**9), "max_memory_gb": (0, 10**5), "save_steps": (0, 10**9),
+    "eval_steps": (1, 10**9), "log_steps": (1, 10**9), "keep_checkpoints": (1, 10**4), "seed": (0, 2**31),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The diffusion. Absorbing-state masked diffusion in discrete time (MDLM, https://arxiv.org/abs/2406.07524; LLaDA,
+# https://arxiv.org/abs/2502.09992): at step t of T each token has become a mask with probability 1 - alpha(t).
+def alpha(t, num_timesteps, schedule):
+    """Share of tokens still clean at step t (LongTensor, 0..T), float64; alpha(0) = 1 and alpha(T) = 0."""
+    u = t.double() / num_timesteps
+    return {
+        "cosine": torch.cos(math.pi * u / 2) ** 2,  # https://arxiv.org/abs/2102.09672, eq. 17 without its offset
+        "linear": 1 - u,
+        "polynomial": 1 - u**2,
+        "sqrt": 1 - u.sqrt(),
+    }[schedule]
+
+
+def elbo_weight(t, num_timesteps, schedule):
+    """Weight of a masked token in the discrete NELBO (MDLM, eq. 8): T (alpha(t-1) - alpha(t)) / (1 - alpha(t))."""
+    now, before = alpha(t, num_timesteps, schedule), alpha(t - 1, num_timesteps, schedule)
+    return num_timesteps * (before - now) / (1 - now)
+
+
+def derived_seed(*parts):
+    """One seed from (seed, purpose, stage, step): random state is a function of where we are, so nothing is saved."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+def draw_noise(n, length, num_timesteps, noise_seed):
+    """t (n,) in 1..T, one in each of n equal strata, shuffled; uniform noise (n, length). Float64, on the CPU."""
+    generator = torch.Generator().manual_seed(noise_seed)
+    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
+    t = (1 + (u * num_timesteps).long()).clamp(max=num_timesteps)
+    return t, torch.rand(n, length, generator=generator, dtype=torch.float64)
+
+
+def mask_tokens(ids, t, noise, maskable, mask_id, num_timesteps, schedule):
+    """ids (B, T) with each maskable token masked with probability 1 - alpha(t); and which were, bool (B, T)."""
+    masked = maskable & (noise < 1 - alpha(t, num_timesteps, schedule)[:, None])
+    return ids.masked_fill(masked, mask_id), masked
+
+
+def reads(ids, at, weights, shift):
+    """Where each token marked by `at` (B, T) is read: rows (N,) of the flat hidden states, targets, weights (N,)."""
+    b, i = at.nonzero(as_tuple=True)
+    return b * ids.shape[1] + i - int(shift), ids[b, i], weights[b].float()
+
+
+def layout(ids, t, noise, model, diffusion_weight, lm_weight, total):
+    """The runs of the model that a loss is made of: [(causal, input ids, t, (rows, targets, weights))].
+
+    ids, noise: (B, T) and t: (B,) on the CPU, so that no index waits for the GPU. total: windows in the optimizer step;
+    the weights are divided by its tokens, so the losses of all micro-batches just add up to nats per token.
+    Packed documents see one another, as they did when the AR model was pre-trained.
+    """
+    T, runs = ids.shape[1], []
+    first = torch.arange(T) == 0  # nothing stands before it: never read with the shift, nor by the AR model
+    if diffusion_weight:
+        maskable = ~(first & model.logit_shift).expand_as(ids)
+        noisy, masked = mask_tokens(ids, t, noise, maskable, model.mask_id, model.num_timesteps, model.noise_schedule)
+        weights = elbo_weight(t, model.num_timesteps, model.noise_schedule) * diffusion_weight
+        runs.append((not model.bidirectional, noisy, t,
+                     reads(ids, masked, weights / (total * (T - model.logit_shift)), model.logit_shift)))
+    if lm_weight:
+        weights = torch.full((len(ids),), lm_weight / (total * (T - 1)))
+        runs.append((True, ids, t, reads(ids, ~first.expand_as(ids), weights, True)))
+    return runs
+
+
+def gradients(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
+    """Backpropagate the loss of an optimizer step, micro-batch by micro-batch; the loss, a scalar on the device."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(dropout_seed)
+    loss = torch.zeros((), device=model.mask_embedding.device)
+    for i in range(0, len(ids), micro_batch):
+        part = slice(i, i + micro_batch)
+        runs = layout(ids[part], t[part], noise[part], model, stage["diffusion"], stage["lm"], len(ids))
+        for causal, inputs, times, where in runs:  # each is backpropagated before the switch turns: see set_causal
+            model.set_causal(causal)
+            with amp:
+                run_loss = model.loss(inputs, times, *where)
+            scaler.scale(run_loss).backward()
+            loss += run_loss.detach()
+    return loss
+
+
+@torch.no_grad()
+def unmask(model, ids, steps, temperature=0.0, generator=None, watch=None):
+    """Fill the masks of ids (B, T), as many in each row, in `steps` forward passes, the surest first.
+
+    (MaskGIT, https://arxiv.org/abs/2202.04200; LLaDA.) temperature 0 takes the likeliest token. watch(ids) is called
+    after each pass. Returns (ids, forwards); what was no mask is not touched.
+    """
+    model.set_causal(not model.bidirectional)
+    B, T = ids.shape
+    left = int((ids[0] == model.mask_id).sum())
+    rates = 1 - alpha(torch.arange(model.num_timesteps + 1), model.num_timesteps, model.noise_schedule)
+    forwards = min(steps, left)
+    for step in range(forwards):
+        places = (ids == model.mask_id).nonzero()[:, 1].view(B, left)  # (B, M)
+        t = torch.searchsorted(rates, left / T).clamp(1, model.num_timesteps).expand(B)  # when so much is masked
+        rows = places + torch.arange(B, device=ids.device)[:, None] * T - int(model.logit_shift)
+        probs = model(ids, t.to(ids.device), rows.flatten()).float().softmax(-1)  # (B*M, V)
+        tokens = probs.argmax(-1)
+        if temperature > 0:
+            tokens = torch.multinomial((probs.log() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        sure = probs.gather(1, tokens[:, None]).view(B, left)
+        count = math.ceil(left / (forwards - step))
+        best = sure.topk(count, dim=1).indices
+        ids = ids.scatter(1, places.gather(1, best), tokens.view(B, left).gather(1, best))
+        left -= count
+        if watch:
+            watch(ids)
+    return ids, forwards
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The surgery. Nothing of the Hugging Face model is resized, subclassed or copied: it gets one embedding more, a causal
+# switch and a gathered head, and with no masked position in causal mode it is exactly what it was.
+class DiffusionLM(nn.Module):
+    """A masked-diffusion LM around any AutoModelForCausalLM.
+
+    The mask token is a parameter of its own (id vocab_size, unknown to the tokenizer and to the head), so that the AR
+    model is exact throughout. num_timesteps, noise_schedule, logit_shift, bidirectional: how it was or will be trained.
+    """
+
+    def __init__(self, lm, num_timesteps, noise_schedule, logit_shift, use_time_embedding, bidirectional):
+        super().__init__()
+        self.lm, self.logit_shift, self.bidirectional = lm, logit_shift, bidirectional
+        self.num_timesteps, self.noise_schedule = num_timesteps, noise_schedule
+        embedding = lm.get_input_embeddings()
+        self.mask_id = embedding.weight.shape[0]
+        with torch.no_grad():  # the mean of its outputs, not of its rows: some families scale them
+            ids = torch.arange(self.mask_id, device=embedding.weight.device)
+            mean = sum(embedding(part).sum(0) for part in ids.split(8192)) / self.mask_id
+        self.mask_embedding = nn.Parameter(mean.clone())  # (C,)
+        self.time_mlp = None
+        if use_time_embedding:
+            self.time_mlp = nn.Sequential(nn.Linear(256, len(mean)), nn.SiLU(), nn.Linear(len(mean), len(mean)))
+            nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
+            nn.init.zeros_(self.time_mlp[2].bias)
+        self.switches = causal_switches(lm)
+
+    # -- the surgery
+    def set_causal(self, causal):
+        """Turn attention. Not between a run and its backward pass: gradient checkpointing runs it again."""
+        for owner, name, if_causal, if_bidirectional in self.switches:
+            setattr(owner, name, if_causal if causal else if_bidirectional)
+
+    def embed(self, ids, t):
+        """ids (B, T), t (B,) -> (B, T, C): masked positions get the mask embedding and the time, others their token."""
+        masked = (ids == self.mask_id)[..., None]
+        mask = self.mask_embedding
+        if self.time_mlp is not None and t is not None:
+            mask = mask + self.time_mlp(sinusoid(t / self.num_timesteps))[:, None]  # (B, 1, C)
+        tokens = self.lm.get_input_embeddings()(ids.masked_fill(masked[..., 0], 0))
+        return torch.where(masked, mask.to(tokens.dtype), tokens)
+    # -- end of the surgery
+
+    def hidden(self, ids, t, rows=None, **kwargs):
+        """The decoder's own output; the rows (N,) of its flat hidden states, (1, N, C), or all, (B, T, C)."""
+        output = self.lm.get_decoder()(inputs_embeds=self.embed(ids, t), **{"use_cache": False} | kwargs)
+        states = output[0]
+        return output, states if rows is None else states.flatten(0, 1)[rows][None]
+
+    def head(self, output, states):
+        """Logits of hidden states (.., N, C): the model's own forward with its decoder's result put in place.
+
+        So scaling, soft-capping and bias are the model's, for every family, and only the rows that are read cost.
+        """
+        decoder = self.lm.get_decoder()
+        if isinstance(output, tuple):
+            output = (states, *output[1:])
+        else:
+            output = copy.copy(output)
+            output.last_hidden_state = states
+        decoder.forward = lambda *args, **kwargs: output
+        try:
+            return self.lm(inputs_embeds=states, use_cache=False).logits
+        finally:
+            del decoder.forward
+
+    def forward(self, ids, t=None, rows=None, **kwargs):
+        """Logits (N, V) of the rows, or (B, T, V) of all. ids: (B, T); t: (B,) in 1..T, needed where ids has masks."""
+        output, states = self.hidden(ids, t, rows, **kwargs)
+        logits = self.head(output, states)
+        return logits if rows is None else logits[0]
+
+    def loss(self, ids, t, rows, targets, weights):
+        """Sum of weights times cross-entropy over the rows (N,), a scalar; no (B, T, V) tensor. All come from the CPU."""
+        ids, t, rows, targets, weights = (x.to(self.mask_embedding.device) for x in (ids, t, rows, targets, weights))
+        output, states = self.hidden(ids, t, rows)
+
+        def chunk_loss(states, targets, weights):
+            logits = self.head(output, states[None])[0].float()
+            return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+        size = max(1, 2**26 // self.mask_id)  # rows whose float32 logits take 256 MB
+        if len(rows) <= size:
+            return chunk_loss(states[0], targets, weights)
+        chunks = zip(*(x.split(size) for x in (states[0], targets, weights)), strict=True)
+        return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def attention_parameters(self):
+        """The parameters of every attention module, whatever the family calls them."""
+        modules = [m for m in self.lm.modules() if type(m).__name__.endswith("Attention")]
+        return {id(p): p for m in modules for p in m.parameters()}.values()
+
+
+def sinusoid(u):
+    """u (B,) in 0..1 -> (B, 256) sines and cosines (https://arxiv.org/abs/1706.03762, section 3.5, on 1000 u)."""
+    frequencies = torch.exp(torch.arange(128, device=u.device) * (-math.log(10000) / 128))
+    angles = 1000 * u[:, None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def causal_switches(lm):
+    """[(owner, attribute, value when causal, value when bidirectional)], over the model's configs and modules.
+
+    Some families ask their config, some each attention module, so all are set together. A sliding window becomes one
+    that nothing reaches past, and SDPA then gets no mask tensor in either mode: its flash path.
+    """
+    modules = list(lm.modules())
+    configs = list({id(m.config): m.config for m in modules if "config" in vars(m)}.values())
+    switches = [(config, "is_causal", True, False) for config in configs]
+    switches += [(m, "is_causal", True, False) for m in modules if vars(m).get("is_causal") is True]
+    for owner in configs + modules:
+        window = vars(owner).get("sliding_window")
+        if isinstance(window, int) and window > 0:
+            switches.append((owner, "sliding_window", window, 1 << 30))
+    return switches
+
+
+@torch.no_grad()
+def probe(model, max_seq_length):
+    """Prove both modes on the model at hand: how far position 0 moves when the last token changes.
+
+    (causal, bidirectional), relative to the largest hidden state. Raises UserError if the architecture leaks when it
+    should be causal, or cannot be turned.
+    """
+    windows = [causal for _, name, causal, _ in model.switches if name == "sliding_window"]
+    length = min(max_seq_length, max([8, *(w + 2 for w in windows)]))
+    ids = torch.randint(0, model.mask_id, (1, length), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % model.mask_id
+    device, training, moved = model.mask_embedding.device, model.training, {}
+    kind = model.lm.config.model_type
+    model.eval()
+    for causal in (False, True):
+        model.set_causal(causal)
+        try:
+            a, b = (model.hidden(x.to(device), None)[1][0] for x in (ids, other))
+        except FOREIGN as error:
+            raise UserError(f"architecture '{kind}' does not run from embeddings alone: {first_line(error)}") from None
+        moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
+    model.train(training)
+    if not moved[True] < 1e-4:
+        raise UserError(f"architecture '{kind}' is not causal (position 0 sees the last token): no AR decoder")
+    if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
+        raise UserError(f"architecture '{kind}' cannot be made bidirectional: its attention stays causal whatever is "
+                        "set; --use_bidirectional_attention=false trains it as it is")
+    return moved[True], moved[False]
+
+
+FOREIGN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
+
+
+def first_line(error):
+    """The first line of a library's error, short enough for ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def byte_tokenizer():
+    """One token a byte and an end of text, as an ordinary Hugging Face tokenizer: nothing to download or to train."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def load_model(name, tokenizer_name="", config_json="", **ours):
+    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder; weights in float32.
+
+    ours: the arguments of DiffusionLM after lm; without them they come from the folder's diffusion.json. config_json:
+    random weights instead. Raises UserError if anything cannot be loaded or does not fit together.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path = Path(name).expanduser()
+    local = path.exists() or path.suffix == ".gguf" or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
+    if local and not path.exists() and not config_json:
+        raise UserError(f"model_name: there is no file or folder '{name}'")
+    where = {"local_files_only": local}
+    if path.suffix == ".gguf":
+        path, where["gguf_file"] = path.parent, path.name
+    source = str(path) if local else name
+    try:
+        if tokenizer_name == "bytes":
+            tokenizer = byte_tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or source, **({} if tokenizer_name else where))
+        if config_json:
+            config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | json.loads(config_json)
+            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        else:
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **where)
+            if report["missing_keys"] or report["mismatched_keys"]:
+                raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
+    except FOREIGN as error:
+        gated = " (accept its licence on its hub page, then log in: hf auth login)" if "gated" in str(error) else ""
+        raise UserError(f"model_name: '{name}' cannot be loaded: {first_line(error)}{gated}") from None
+    if path.suffix == ".gguf" or "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
+        lm.hf_quantizer = None
+        del lm.config.quantization_config
+    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
+                        f"{lm.get_input_embeddings().weight.shape[0]}: not the tokenizer of this model")
+    if not ours:
+        ours = read_record(path)["model"]
+    model = DiffusionLM(lm, **ours)
+    if (path / "diffusion.safetensors").is_file() and not config_json:
+        try:
+            wrong = model.load_state_dict(load_file(path / "diffusion.safetensors"), strict=False)
+            if wrong.unexpected_keys or any(not k.startswith("lm.") for k in wrong.missing_keys):
+                raise ValueError("use_time_embedding differs from the run that wrote it")
+        except FOREIGN as error:
+            raise UserError(f"{path / 'diffusion.safetensors'}: {first_line(error)}") from None
+    return model, tokenizer
+
+
+def read_record(folder):
+    """diffusion.json of a folder that save_folder wrote: model, settings, state, versions."""
+    try:
+        return json.loads((Path(folder) / "diffusion.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder}' holds no diffusion model: {first_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: tokenised once, in windows that each epoch visits once. A batch is a function of (seed, stage, step).
+def read_corpus(name, config, column, cache):
+    """(train, held, lines, key) of a hub name, a local file or folder, or "pydoc".
+
+    train, held: sequences of texts, held None where there is no validation split. lines: how many of them make up one
+    document, joined without an end of text where the rows are lines of one text. key: changes when the source does.
+    Raises UserError for what is missing, empty or no text.
+    """
+    if name == "pydoc":
+        from pydoc_data.topics import topics  # 465 KB of English prose in the standard library
+        return list(topics.values()), None, 1, platform.python_version()
+    path, what = Path(name).expanduser(), {"path": name, "name": config or None}
+    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.exists() or path.suffix in kinds or name[:1] in (".", "/", "~"):
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds)
+        found = {kinds.get(p.suffix) for p in files}
+        if len(found) != 1 or None in found:
+            raise UserError(f"dataset_name: '{name}' must be a file, or a folder of files of one kind: {', '.join(kinds)}")
+        what = {"path": found.pop(), "data_files": [str(p) for p in files], "cache_dir": f"{cache}/datasets"}
+        if what["path"] == "text":
+            column, what["sample_by"] = "text", "document"
+    import datasets  # slow to import, and pydoc does not need it
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        splits = datasets.load_dataset(**what)
+    except (*FOREIGN, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error)}") from None
+    train, held = splits.get("train"), next((splits[k] for k in ("validation", "valid", "dev") if k in splits), None)
+    if train is None or column not in train.column_names:
+        wanted, has = ("train", list(splits)) if train is None else (column, train.column_names)
+        raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
+    key, train, held = [train._fingerprint, held and held._fingerprint], train[column], held and held[column]
+    head = [text or "" for text in train[:1000]]
+    if not any(head) or not all(isinstance(text, str) for text in head):
+        raise UserError(f"text_column: '{column}' of '{name}' holds no text")
+    if len(train) == 1:  # one file of text: its lines, of which some are held out
+        train = re.findall(r"[^\n]{1,2000}\n*|\n+", head[0])
+        return train, None, max(2, min(256, len(train) // 50)), key
+    one_text = sum(not text or text.endswith("\n") for text in head) > 0.98 * len(head) and what["path"] != "text"
+    return train, held, 256 if one_text else 1, key
+
+
+def document(rows, lines, i):
+    return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
+
+
+def shingles(text, length=64):
+    """Hashes of all strings of 64 bytes in text, unique, uint64: what two texts share is what their shingles share."""
+    h = np.frombuffer(text.encode(errors="replace").ljust(length), np.uint8).astype(np.uint64) + np.uint64(1)
+    n, p = 1, 0x9E3779B97F4A7C15
+    while n < length:  # a polynomial hash modulo 2^64, of strings twice as long in each round
+        h, n, p = h[:-n] * np.uint64(p) + h[n:], 2 * n, p * p % 2**64
+    h = (h ^ h >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.unique(h ^ h >> np.uint64(32))
+
+
+def fast_encoder(tokenizer, sample, threads):
+    """encode(texts) -> lists of ids: tiktoken where it holds the tokenizer and agrees with it, else the tokenizer."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+
+    def own(texts):
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if not tokenizer.is_fast:
+        return own
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    bpe, before = backend["model"], backend["pre_tokenizer"] or {}
+    *split, last = before.get("pretokenizers", [before])
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by
+    if split and split[0].get("individual_digits"):
+        pattern = r"\p{N}|" + pattern.replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
+    elif split:
+        pattern = split[0].get("pattern", {}).get("Regex")
+    elif not last.get("use_regex"):
+        pattern = r"[\s\S]+"
+    if (bpe["type"] != "BPE" or bpe["byte_fallback"] or bpe["dropout"] or backend["normalizer"] or not pattern
+            or last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(split) > 1):
+        return own
+    import tiktoken
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    byte_of = {c: b for b, c in bytes_to_unicode().items()}
+    tokens = [token for token in (*byte_of, *(a + b for a, b in bpe["merges"])) if token in bpe["vocab"]]
+    ranks = {}
+    for rank, token in enumerate(tokens):  # tiktoken merges in this order, and its ids are ranks
+        ranks.setdefault(bytes(byte_of[c] for c in token), rank)
+    id_of = np.array([bpe["vocab"][token] for token in tokens])
+    encoding = tiktoken.Encoding("converted", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    added = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
+
+    def fast(texts):
+        ids = [id_of[x] for x in encoding.encode_ordinary_batch(texts, num_threads=threads)]
+        return [own([text])[0] if added.search(text) else x for text, x in zip(texts, ids, strict=True)]
+    if all(np.array_equal(a, b) for a, b in zip(fast(sample), own(sample), strict=True)):
+        return fast
+    print("tokenizer: tiktoken would give other ids, so the tokenizer itself is used, which is slower")
+    return own
+
+
+def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split_seed, threads):
+    """Write train.bin, held.bin and meta.json into folder, complete or not at all.
+
+    Held out is the validation split, else a seeded 5 % of the documents. A document that shares a tenth of itself, or
+    1 % of the held-out text, with what is held out is left out of training. UserError if there is too little text.
+    """
+    rows, held_rows, lines, _ = corpus
+    source, count = held_rows or rows, math.ceil(len(rows) / lines)
+    end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
+    encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
+    meta = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32", "near_duplicates_left_out": 0}
+    held_out, known, seen = set(), [], []
+
+    def held_texts():
+        characters = 0
+        order = range(math.ceil(len(source) / lines))
+        for i in order if held_rows else np.random.default_rng(split_seed).permutation(order).tolist():
+            if not held_rows and len(held_out) >= max(1, count // 20) and characters > 8 * length:
+                return
+            text = document(source, lines, i)
+            held_out.add(i)
+            known.append(shingles(text))
+            characters += len(text)
+            yield text
+
+    def train_texts():
+        known[:] = [np.unique(np.concatenate(known))]
+        seen[:] = [np.zeros(len(known[0]), bool)]
+        for i in range(count):
+            its = shingles(text := document(rows, lines, i))
+            at = np.searchsorted(known[0], its)
+            at = at[known[0].take(at, mode="clip") == its]
+            if len(at) > 0.1 * len(its) or len(at) > 0.01 * len(known[0]):
+                meta["near_duplicates_left_out"] += held_rows is not None or i not in held_out
+            elif text:
+                seen[0][at] = True
+                yield text
+
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for name, texts, limit in (("held", held_texts(), held_windows), ("train", train_texts(), max_windows)):
+            left = limit * length
+            with open(temporary / f"{name}.bin", "wb") as file, \
+                    tqdm(total=left, desc=f"tokenise {name}", unit_scale=True, disable=None, leave=False) as bar:
+                while left and (batch := list(itertools.islice(texts, 64))):
+                    ids = np.concatenate([[*x, *end] for x in encode(batch)]).astype(meta["dtype"])[:left]
+                    ids.tofile(file)
+                    left -= len(ids)
+                    bar.update(len(ids))
+            meta[name] = limit - math.ceil(left / length)
+            if not meta[name]:
+                raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, one window has "
+                                f"{length} (max_seq_length)")
+        meta["held_out_share_in_training"] = float(seen[0].mean())
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+
+
+def token_windows(tokenizer, corpus, cache, threads, settings):
+    """(training, held-out) windows (n, T), memory-mapped, and their meta.json; tokenised if cache does not hold them."""
+    identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    key = hashlib.sha256(json.dumps([1, identity, corpus[3], settings]).encode()).hexdigest()[:16]
+    folder = Path(cache) / f"tokens-{key}"
+    if not folder.exists():
+        tokenise(folder, corpus, tokenizer, **settings, threads=threads)
+    meta, length = json.loads((folder / "meta.json").read_text()), settings["length"]
+    return *(np.memmap(folder / f"{name}.bin", meta["dtype"], "r", shape=(meta[name], length))
+             for name in ("train", "held")), meta
+
+
+@functools.lru_cache(2)  # a batch may reach over the end of an epoch
+def epoch_order(n, order_seed):
+    return np.random.default_rng(order_seed).permutation(n)
+
+
+def get_batch(windows, size, seed, stage, step):
+    """ids (size, T): batch number `step` of a stage whose epochs follow one another, each a seeded permutation."""
+    where = [divmod(i, len(windows)) for i in range(step * size, (step + 1) * size)]
+    rows = [epoch_order(len(windows), derived_seed(seed, "order", stage, epoch))[i] for epoch, i in where]
+    return torch.from_numpy(windows[rows].astype(np.int64))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stages, as data
+def make_stages(n_windows, windows_per_step):
+    """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps."""
+    table = [  # name, epochs, share of learning_rate, what it trains, weight of the diffusion and of the causal loss
+        ("0 AR pre-training", stage0_epochs, stage0_lr_scale, "AR model", 0, 1),
+        ("1 attention adaptation", stage1_epochs, stage1_lr_scale, "attention", 1, 0),
+        ("2 diffusion", stage2_epochs, stage2_lr_scale, "everything", 1, 0),
+        ("3 recovery", stage3_epochs, stage3_lr_scale, "everything", 1, lm_loss_weight),
+    ]
+    stages = [dict(zip(("name", "epochs", "lr_scale", "trains", "diffusion", "lm"), row, strict=True)) for row in table]
+    total, done = sum(s["epochs"] for s in stages), 0.0
+    if not total:
+        raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")
+    for s in stages:
+        share = [round(max_steps * x / total) for x in (done, done + s["epochs"])]
+        s["steps"] = share[1] - share[0] if max_steps else math.ceil(s["epochs"] * n_windows / windows_per_step)
+        s["warmup"] = min(warmup_steps, s["steps"] // 5)
+        done += s["epochs"]
+    return [s for s in stages if s["epochs"]]
+
+
+def freeze(model, trains):
+    """Let a stage train its part of the model and nothing else; its parameters. UserError if there are none."""
+    part = list(model.attention_parameters() if trains == "attention" else model.lm.parameters())
+    if not part:
+        raise UserError(f"a stage would train nothing: '{model.lm.config.model_type}' has no module named ...Attention")
+    trained = part + [p for name, p in model.named_parameters() if not name.startswith("lm.")] * (trains != "AR model")
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    return trained
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer, learning rate, machine
+def make_optimizer(params, lr, betas, decay, use_8bit, device):
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    if use_8bit and device.type != "mps":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for kernels that AdamW has no use for
+        import bitsandbytes  # slow to import
+        return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
+    if use_8bit:
+        print("use_8bit_adam: not on mps, AdamW in 32 bits instead")
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lr_factor(step, steps, warmup, schedule):
+    """Share of the peak rate at a step of a stage: linear warm-up, then down to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    u = (step - warmup) / max(1, steps - warmup)
+    return {"cosine": 0.5 + 0.5 * math.cos(math.pi * u), "linear": 1 - u, "constant": 1.0}[schedule]
+
+
+def pick_device(name):
+    """torch.device; "auto" is the best there is. UserError with what torch sees, and why, if a named one is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        sees = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+        sees += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"device: '{name}' is not there; torch {torch.__version__}, built for CUDA {torch.version.cuda}, "
+                        f"sees {', '.join(sees)}: {first_line(error)}") from None
+
+
+def memory_gb(device):
+    """Peak memory of this process on the device (on a CPU its resident memory), and the device's own, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9, torch.cuda.get_device_properties(device).total_memory / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9, torch.mps.recommended_max_memory() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, total / 1e9
+
+
+def shrinking(device, micro_batch, work, *args):
+    """(work(*args, micro_batch), micro_batch), the latter halved as often as memory runs out. UserError at 1."""
+    while True:
+        try:
+            return work(*args, micro_batch), micro_batch
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # past the except, whose traceback held the tensors
+        if micro_batch == 1:
+            raise UserError("out of memory with one window at a time: try --use_gradient_checkpointing, --use_8bit_adam, "
+                            "a smaller --max_seq_length or a smaller model", 1)
+        micro_batch //= 2
+        tqdm.write(f"out of memory: {micro_batch} windows at a time from here on, the effective batch stays as it was")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compile_layers(model):
+    """torch.compile each decoder layer in place: a graph a mode, in seconds, and no wrapper in any name."""
+    try:  # what a machine without a compiler lacks shows here, not in the first step
+        torch.compile(torch.sin)(torch.ones(8, device=model.mask_embedding.device))
+    except RuntimeError as error:
+        print(f"compile_model: goes on without, as torch.compile does not work here: {first_line(error)}")
+        return
+    for layer in next(m for m in model.lm.get_decoder().modules() if isinstance(m, nn.ModuleList)):
+        layer.compile()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation, checkpoints, log
+@torch.no_grad()
+def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
+    """On windows (n, T) with fixed noise: eval_nelbo (nats a token), eval_ppl_bound, eval_bpb; causal: ar_ppl."""
+    ids = torch.from_numpy(windows.astype(np.int64))
+    t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed)
+    sums = []
+    model.eval()
+    for weights in ((1, 0), (0, 1)):  # diffusion, causal
+        sums.append(0.0)
+        for i in range(0, len(ids), micro_batch):
+            part = slice(i, i + micro_batch)
+            for causal, inputs, times, where in layout(ids[part], t[part], noise[part], model, *weights, len(ids)):
+                model.set_causal(causal)
+                with amp:
+                    sums[-1] += model.loss(inputs, times, *where).item()
+    model.train()
+    bits = sums[0] * len(ids) * (ids.shape[1] - model.logit_shift) / math.log(2)
+    return {"eval_nelbo": sums[0], "eval_ppl_bound": math.exp(min(sums[0], 700)), "eval_bpb": bits / text_bytes,
+            "ar_ppl": math.exp(min(sums[1], 700))}
+
+
+def canvas(model, tokenizer, prompt, new_tokens, samples=1):
+    """ids (samples, T): the prompt, then new_tokens masks. An empty prompt starts a document, after an end of text."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id or 0]
+    return torch.tensor([ids + [model.mask_id] * new_tokens] * samples, device=model.mask_embedding.device)
+
+
+def checksums(folder):
+    """The lines of SHA256SUMS, as sha256sum writes and checks them."""
+    lines = []
+    for path in sorted(p for p in folder.iterdir() if p.name != "SHA256SUMS"):
+        with open(path, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
+def save_folder(path, model, tokenizer, record, training=None):
+    """Write a plain Hugging Face folder with what is ours beside it, completely or not at all.
+
+    training: the optimizer and scaler, for a checkpoint. UserError (1) if the disk refuses; earlier folders stay whole.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.set_causal(True)  # saved while bidirectional it would reload, anywhere, as a model that is not causal
+    try:
+        temporary.mkdir(parents=True)
+        model.lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        save_file({k: v for k, v in model.state_dict().items() if not k.startswith("lm.")},
+                  temporary / "diffusion.safetensors")
+        (temporary / "diffusion.json").write_text(json.dumps(record, indent=1))
+        if training:
+            torch.save(training, temporary / "training.pt")
+        (temporary / "SHA256SUMS").write_text(checksums(temporary))
+        for p in (*temporary.iterdir(), temporary):
+            handle = os.open(p, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot save {path}: {first_line(error)}; what was saved before is whole", 1) from None
+
+
+def checkpoints(out):
+    """The checkpoints of a run, newest first."""
+    return sorted(out.glob("checkpoint_*"), key=lambda p: int(p.name.split("_")[1]), reverse=True)
+
+
+def checkpoint_to_resume(out, named):
+    """The named checkpoint, else the newest whole one of out, damaged ones passed over with a line; None if none is."""
+    for path in [Path(named)] if named else checkpoints(out):
+        sums = path / "SHA256SUMS"
+        if sums.is_file() and sums.read_text() == checksums(path):
+            return path
+        if named:
+            raise UserError(f"checkpoint: '{named}' is {'damaged' if path.exists() else 'not there'}")
+        print(f"{path} is damaged, passed over")
+
+
+def start_wandb(run_id, settings):
+    """A run of Weights & Biases, continued if it has an id; None, with a line, if the service cannot be reached."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("use_wandb: the package is not installed: pip install wandb") from None
+    try:
+        return wandb.init(project=settings["wandb_project"], id=run_id or None, resume="allow", config=settings)
+    except (wandb.Error, OSError) as error:
+        print(f"use_wandb: goes on without: {first_line(error)}")
+
+
+def describe(model, moved, windows, held, meta, stages, per_step):
+    """Print what is about to run, so that nothing derived stays hidden."""
+    c, size = model.lm.config.get_text_config(), sum(p.numel() for p in model.parameters())
+    print(f"model: {c.model_type}, {c.num_hidden_layers} layers, hidden size {c.hidden_size}, {c.num_attention_heads} "
+          f"heads, {size:,} parameters, attention {c._attn_implementation}")
+    print(f"probe: the last token moves position 0 by {moved[0]:.0e} when causal, {moved[1]:.0e} when bidirectional")
+    print(f"data: {len(windows):,} training windows of {windows.shape[1]} tokens, {len(held):,} held out; "
+          f"{meta['near_duplicates_left_out']} near-duplicates left out, "
+          f"{meta['held_out_share_in_training']:.1%} of the held-out text also stands in training")
+    print(f"step: {per_step} windows, {per_step * windows.shape[1]:,} tokens\n")
+    print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}{'tokens':>15}  loss")
+    for s in stages:
+        n = sum(p.numel() for p in freeze(model, s["trains"]))
+        loss = " + ".join(f"{s[k]:g} {k}" for k in ("diffusion", "lm") if s[k])
+        print(f"{s['name']:24}{n:15,}{size - n:15,}{s['lr_scale'] * learning_rate:9.1e}{s['warmup']:9,}{s['steps']:9,}"
+              f"{s['steps'] * per_step * windows.shape[1]:15,}  {loss}", flush=True)
+    print()
+
+
+def main(argv):
+    global max_steps
+    files = configure(globals(), argv, allowed)
+    settings = {k: globals()[k] for k in names_of(globals())}
+    out = Path(out_dir or f"outputs/{Path(files[0] if files else model_name).stem}_diffusion")
+    if debug:
+        max_steps = min(max_steps or 20, 20)
+        torch.autograd.set_detect_anomaly(True)
+
+    # -- the machine
+    place = pick_device(device)
+    precision = getattr(torch, dtype)
+    if place.type == "cpu" and precision == torch.float16:
+        print("dtype: float16 on a CPU becomes float32")
+        precision = torch.float32
+    amp = torch.autocast(place.type, precision, enabled=precision != torch.float32)
+    memory_limit = max_memory_gb or memory_gb(place)[1] - 3
+    if place.type == "cuda" and max_memory_gb:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / memory_gb(place)[1]), place)
+    print(f"device: {place}, {precision}, {memory_limit:.1f} GB")
+
+    # -- where the run stands: this dict is all that a resume needs beside weights and optimizer
+    state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
+             "ar_ppl_before": None, "best_nelbo": math.inf, "log_bytes": 0, "wandb_id": ""}
+    source = checkpoint_to_resume(out, checkpoint) if resume or checkpoint else None
+    if resume and not checkpoint and (out / "final").exists():
+        print(f"this run is finished: {out}/final")
+        return
+    if not (resume or checkpoint or dry_run) and (checkpoints(out) or (out / "final").exists()):
+        raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
+    if source:
+        record = read_record(source)
+        state |= record["state"]
+        no_matter = {"resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "num_proc", "save_steps", "eval_steps",
+                     "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb"}
+        changed = [f"{k} {record['settings'].get(k)!r} -> {v!r}" for k, v in settings.items()
+                   if k not in no_matter and record["settings"].get(k) != v]
+        print(f"resume: {source}" + f"; no longer the run it was: {', '.join(changed)}" * bool(changed))
+    elif resume:
+        print(f"resume: no checkpoint in {out}, so from the start")
+
+    # -- model, data, stages
+    torch.manual_seed(seed)
+    ours = {"num_timesteps": num_timesteps, "noise_schedule": noise_schedule, "logit_shift": logit_shift,
+            "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention}
+    names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
+    model, tokenizer = load_model(*names, **ours)
+    model.to(place)
+    moved = probe(model, max_seq_length)
+    corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
+    windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
+        "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
+    held_bytes = sum(len(tokenizer.decode(w[int(logit_shift):], skip_special_tokens=True).encode()) for w in held)
+    per_step, micro_batch = batch_size * gradient_accumulation_steps, batch_size
+    stages = make_stages(len(windows), per_step)
+    total_steps = sum(s["steps"] for s in stages)
+    pretraining_steps = sum(s["steps"] for s in stages if not s["diffusion"])
+    describe(model, moved, windows, held, meta, stages, per_step)
+    size = sum(p.numel() for p in model.parameters())
+    disk = 4 * size + size * (6 if use_8bit_adam else 12) * (keep_checkpoints + 1 - len(checkpoints(out)))
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if disk > free:
+        raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, keep_checkpoints={keep_checkpoints} and one more "
+                        f"and final/ need {disk / 1e9:.1f}")
+    if use_gradient_checkpointing and model.lm.supports_gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compile_model:
+        compile_layers(model)
+    model.train()
+
+    # -- the log
+    wandb_run = start_wandb(state["wandb_id"], settings) if use_wandb and not dry_run else None
+    if wandb_run:
+        state["wandb_id"] = wandb_run.id
+    if not dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        log_file = open(out / "training_logs.jsonl", "a" if source else "w")
+        log_file.truncate(min(state["log_bytes"], log_file.tell()))  # what came after the checkpoint comes again
+    bar = tqdm(total=total_steps, initial=state["total"], unit="step", disable=True if dry_run else None)
+
+    def log(row):
+        row = {"stage": stage["name"], "step": state["total"]} | row
+        log_file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")  # NaN is no JSON
+        log_file.flush()
+        if wandb_run:
+            wandb_run.log(row, step=state["total"])
+
+    def save(name, training=None):
+        state["log_bytes"] = log_file.tell()
+        save_folder(out / name, model, tokenizer, {
+            "model": ours, "max_seq_length": max_seq_length, "state": state, "settings": settings,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, training)
+        for old in checkpoints(out)[keep_checkpoints:]:
+            shutil.rmtree(old)
+
+    def evaluation(micro_batch):
+        with torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext():  # other shapes
+            row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
+            model.eval()
+            with amp:
+                ids, _ = unmask(model, canvas(model, tokenizer, sample_prompt, 32), 32)
+            model.train()
+        if state["total"] <= pretraining_steps:
+            state["ar_ppl_before"] = row["ar_ppl"]  # with no position masked this is still the untouched model
+        row |= {"ar_ppl_before": state["ar_ppl_before"], "sample": tokenizer.decode(ids[0].tolist())}
+        log(row)
+        tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{total_steps}  eval_nelbo {row['eval_nelbo']:.4f}  "
+                   f"eval_bpb {row['eval_bpb']:.3f}  ar_ppl {row['ar_ppl']:.3f} (before: {row['ar_ppl_before']:.3f})  "
+                   f"{row['sample']!r}")
+        if row["eval_nelbo"] > 1.1 * state["best_nelbo"]:
+            tqdm.write(f"warning: eval_nelbo is well above its best, {state['best_nelbo']:.4f}; a lower learning_rate?")
+        state["best_nelbo"] = min(row["eval_nelbo"], state["best_nelbo"])
+
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt  # the second time at once
+        signals.append(number)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+    # -- the loop
+    training = torch.load(source / "training.pt", weights_only=True, map_location="cpu") if source else None
+    seconds, warned = [], False
+    for number in range(state["stage"], len(stages)):
+        stage = stages[number]
+        params = freeze(model, stage["trains"])
+        optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
+        scaler = torch.amp.GradScaler(place.type, enabled=precision == torch.float16)
+        if training:
+            optimizer.load_state_dict(training["optimizer"])
+            scaler.load_state_dict(training["scaler"])
+            training = None
+        steps = min(3, stage["steps"]) if dry_run else stage["steps"]
+        while state["step"] < steps:
+            if not dry_run and (state["step"] == 0 or state["total"] % eval_steps == 0):
+                _, micro_batch = shrinking(place, micro_batch, evaluation)
+
+            # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ---------
+            start, where = time.perf_counter(), (seed, number, state["step"])
+            ids = get_batch(windows, per_step, *where)  # (N, T)
+            t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where))  # (N,), (N, T)
+            rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * stage["lr_scale"] * rate
+            loss, micro_batch = shrinking(place, micro_batch, gradients, model, ids, t, noise, stage, scaler, amp,
+                                          derived_seed("dropout", *where))
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
+            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the step's one wait for the device
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite or scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+                scaler.step(optimizer)
+            scaler.update()
+            seconds.append(time.perf_counter() - start)
+            # --------------------------------------------------------------------------------------------------------
+
+            state |= {"step": state["step"] + 1, "total": state["total"] + 1, "tokens": state["tokens"] + ids.numel(),
+                      "losses": state["losses"] + [loss] * finite, "skipped": state["skipped"] + (not finite),
+                      "skipped_in_a_row": 0 if finite else state["skipped_in_a_row"] + 1}
+            bar.update()
+            if debug:
+                tqdm.write(f"ids {tuple(ids.shape)}, t {t.tolist()[:8]}, loss {loss}, grad_norm {grad_norm}")
+            if not finite:
+                tqdm.write(f"warning: loss {loss} and grad_norm {grad_norm} at step {state['total']}: not finite, skipped")
+                if debug or state["skipped_in_a_row"] == 10:
+                    raise UserError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
+                                    "learning_rate, or dtype bfloat16 or float32", 1)
+            memory = memory_gb(place)[0]
+            if memory > 0.9 * memory_limit and not warned:
+                warned = True
+                tqdm.write(f"warning: {memory:.1f} GB in use, more than 90 % of {memory_limit:.1f} (max_memory_gb)")
+            last = state["step"] == steps
+            if not dry_run and (last or state["total"] % log_steps == 0):
+                row = {"loss": statistics.fmean(state["losses"] or [math.nan]), "lr": optimizer.param_groups[0]["lr"],
+                       "grad_norm": grad_norm if finite else math.nan, "tokens": state["tokens"],
+                       "tokens_per_s": round(ids.numel() / statistics.fmean(seconds)), "memory_gb": round(memory, 2)}
+                log(row)
+                left = timedelta(seconds=round((total_steps - state["total"]) * statistics.fmean(seconds)))
+                tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{total_steps}  loss {row['loss']:8.4f}  "
+                           f"lr {row['lr']:.2e}  norm {grad_norm:7.3f}  {row['tokens_per_s']:8,} tokens/s  "
+                           f"{memory:5.1f} GB  left {left}")
+                state["losses"], seconds = [], []
+            if not dry_run and (last or signals or save_steps and state["total"] % save_steps == 0):
+                save(f"checkpoint_{state['total']}", {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+            if signals:
+                bar.close()
+                print(f"stopped by {signal.Signals(signals[0]).name}; --resume goes on from here")
+                sys.exit(128 + signals[0])
+        if dry_run and steps:
+            print(f"stage {stage['name']}: {statistics.median(seconds):.2f} s a step, "
+                  f"{statistics.median(seconds) * stage['steps'] / 3600:.2f} hours")
+            seconds = []
+        state["stage"], state["step"] = number + 1, 0
+    bar.close()
+    if dry_run:
+        print(f"memory: {memory:.1f} GB at its peak on {place}, of {memory_limit:.1f}; on the host "
+              f"{memory_gb(torch.device('cpu'))[0]:.1f} GB; disk: {disk / 1e9:.1f} GB")
+        return
+    shrinking(place, micro_batch, evaluation)
+    save("final")
+    print(f"done: {out}/final; write with it: python sample.py --out_dir={out}")
+
+
+if __name__ == "__main__":
+    run(main)
