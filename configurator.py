@@ -1,4 +1,4 @@
-"""Settings from files and flags, in order: python convert.py config/phi2.py config/single_a6000.py --batch_size=4 --resume
+"""Settings from files and flags, in order: python convert.py config/phi2.py config/a4500.py --batch_size=4 --resume
 
 A script keeps its settings as flat lower-case globals and calls configure(globals(), argv, allowed) from its main().
 A file is Python that assigns settings and may compute from those before it; a flag is --name=value, a bare --name True.
@@ -55,7 +55,8 @@ def checked(name, value, settings, rule, where):
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise UserError(f"{where}: {name} must be {WANTED[kind]}, not {value!r}")
     if isinstance(rule, set) and value not in rule:
-        raise UserError(f"{where}: {name} must be one of {', '.join(sorted(rule))}, not '{value}'{nearest(value, rule)}")
+        known = ", ".join(sorted(rule))
+        raise UserError(f"{where}: {name} must be one of {known}, not '{value}'{nearest(value, rule)}")
     if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
         raise UserError(f"{where}: {name} must be from {rule[0]} to {rule[1]}, not {value}")
     return value
@@ -80,8 +81,9 @@ def from_file(path, settings):
     before = dict(scope)
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope)
-    except (SyntaxError, NameError, TypeError, ValueError, LookupError, ArithmeticError, ImportError, AttributeError) as e:
-        raise UserError(f"{path}: {type(e).__name__}: {e}") from None
+    except (SyntaxError, NameError, TypeError, ValueError, LookupError, ArithmeticError, ImportError, AttributeError,
+            OSError) as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
     return {k: v for k, v in scope.items()
             if k[0] != "_" and not isinstance(v, own) and (k not in before or v is not before[k])}

@@ -258,6 +258,7 @@ class DiffusionLM(nn.Module):
             nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
             nn.init.zeros_(self.time_mlp[2].bias)
         self.switches = causal_switches(lm)
+        self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     # -- the surgery
     def set_causal(self, causal):
@@ -305,7 +306,7 @@ class DiffusionLM(nn.Module):
         return logits if rows is None else logits[0]
 
     def loss(self, ids, t, rows, targets, weights):
-        """Sum of weights times cross-entropy over the rows (N,), a scalar; no (B, T, V) tensor. All come from the CPU."""
+        """Sum of weights times cross-entropy over the rows (N,), a scalar. All of them come from the CPU."""
         ids, t, rows, targets, weights = (x.to(self.mask_embedding.device) for x in (ids, t, rows, targets, weights))
         output, states = self.hidden(ids, t, rows)
 
@@ -364,15 +365,16 @@ def probe(model, max_seq_length):
     device, training, moved = model.mask_embedding.device, model.training, {}
     kind = model.lm.config.model_type
     model.eval()
-    for causal in (False, True):
-        model.set_causal(causal)
+    for causal in (None, False, True):  # first as it comes, untouched
+        if causal is not None:
+            model.set_causal(causal)
         try:
             a, b = (model.hidden(x.to(device), None)[1][0] for x in (ids, other))
         except FOREIGN as error:
             raise UserError(f"architecture '{kind}' does not run from embeddings alone: {first_line(error)}") from None
         moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
     model.train(training)
-    if not moved[True] < 1e-4:
+    if not max(moved[None], moved[True]) < 1e-4:
         raise UserError(f"architecture '{kind}' is not causal (position 0 sees the last token): no AR decoder")
     if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
         raise UserError(f"architecture '{kind}' cannot be made bidirectional: its attention stays causal whatever is "
@@ -429,7 +431,8 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
     except FOREIGN as error:
         gated = " (accept its licence on its hub page, then log in: hf auth login)" if "gated" in str(error) else ""
-        raise UserError(f"model_name: '{name}' cannot be loaded: {first_line(error)}{gated}") from None
+        what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}{gated}") from None
     if path.suffix == ".gguf" or "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
@@ -475,12 +478,14 @@ def read_corpus(name, config, column, cache):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds)
         found = {kinds.get(p.suffix) for p in files}
         if len(found) != 1 or None in found:
-            raise UserError(f"dataset_name: '{name}' must be a file, or a folder of files of one kind: {', '.join(kinds)}")
+            raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all {' or '.join(kinds)}")
         what = {"path": found.pop(), "data_files": [str(p) for p in files], "cache_dir": f"{cache}/datasets"}
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
     import datasets  # slow to import, and pydoc does not need it
     datasets.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(**what)
     except (*FOREIGN, datasets.exceptions.DatasetsError) as error:
@@ -618,7 +623,7 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
 
 
 def token_windows(tokenizer, corpus, cache, threads, settings):
-    """(training, held-out) windows (n, T), memory-mapped, and their meta.json; tokenised if cache does not hold them."""
+    """Training and held-out windows (n, T), memory-mapped, and their meta.json; tokenised unless cache holds them."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     key = hashlib.sha256(json.dumps([1, identity, corpus[3], settings]).encode()).hexdigest()[:16]
     folder = Path(cache) / f"tokens-{key}"
@@ -681,7 +686,7 @@ def make_optimizer(params, lr, betas, decay, use_8bit, device):
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     if use_8bit and device.type != "mps":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for kernels that AdamW has no use for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels not used here
         import bitsandbytes  # slow to import
         return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
     if use_8bit:
@@ -706,7 +711,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         sees = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
         sees += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"device: '{name}' is not there; torch {torch.__version__}, built for CUDA {torch.version.cuda}, "
+        raise UserError(f"device: '{name}' is not there; torch {torch.__version__} for CUDA {torch.version.cuda} "
                         f"sees {', '.join(sees)}: {first_line(error)}") from None
 
 
@@ -731,8 +736,8 @@ def shrinking(device, micro_batch, work, *args):
                 raise
         # past the except, whose traceback held the tensors
         if micro_batch == 1:
-            raise UserError("out of memory with one window at a time: try --use_gradient_checkpointing, --use_8bit_adam, "
-                            "a smaller --max_seq_length or a smaller model", 1)
+            raise UserError("out of memory with one window at a time: try --use_gradient_checkpointing, "
+                            "--use_8bit_adam, a smaller --max_seq_length or a smaller model", 1)
         micro_batch //= 2
         tqdm.write(f"out of memory: {micro_batch} windows at a time from here on, the effective batch stays as it was")
         if device.type == "cuda":
@@ -889,7 +894,7 @@ def main(argv):
 
     # -- where the run stands: this dict is all that a resume needs beside weights and optimizer
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
-             "ar_ppl_before": None, "best_nelbo": math.inf, "log_bytes": 0, "wandb_id": ""}
+             "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
     source = checkpoint_to_resume(out, checkpoint) if resume or checkpoint else None
     if resume and not checkpoint and (out / "final").exists():
         print(f"this run is finished: {out}/final")
@@ -913,6 +918,8 @@ def main(argv):
             "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention}
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
     model, tokenizer = load_model(*names, **ours)
+    if max_seq_length > model.positions:
+        raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
     model.to(place)
     moved = probe(model, max_seq_length)
     corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
@@ -928,8 +935,8 @@ def main(argv):
     disk = 4 * size + size * (6 if use_8bit_adam else 12) * (keep_checkpoints + 1 - len(checkpoints(out)))
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     if disk > free:
-        raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, keep_checkpoints={keep_checkpoints} and one more "
-                        f"and final/ need {disk / 1e9:.1f}")
+        raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
+                        f"more and final/ need {disk / 1e9:.1f}")
     if use_gradient_checkpointing and model.lm.supports_gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compile_model:
@@ -953,6 +960,9 @@ def main(argv):
         if wandb_run:
             wandb_run.log(row, step=state["total"])
 
+    def progress():
+        return f"stage {stage['name'][0]}  step {state['total']:6}/{total_steps}"
+
     def save(name, training=None):
         state["log_bytes"] = log_file.tell()
         save_folder(out / name, model, tokenizer, {
@@ -972,12 +982,12 @@ def main(argv):
             state["ar_ppl_before"] = row["ar_ppl"]  # with no position masked this is still the untouched model
         row |= {"ar_ppl_before": state["ar_ppl_before"], "sample": tokenizer.decode(ids[0].tolist())}
         log(row)
-        tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{total_steps}  eval_nelbo {row['eval_nelbo']:.4f}  "
-                   f"eval_bpb {row['eval_bpb']:.3f}  ar_ppl {row['ar_ppl']:.3f} (before: {row['ar_ppl_before']:.3f})  "
-                   f"{row['sample']!r}")
-        if row["eval_nelbo"] > 1.1 * state["best_nelbo"]:
-            tqdm.write(f"warning: eval_nelbo is well above its best, {state['best_nelbo']:.4f}; a lower learning_rate?")
-        state["best_nelbo"] = min(row["eval_nelbo"], state["best_nelbo"])
+        tqdm.write(f"{progress()}  eval_nelbo {row['eval_nelbo']:.4f}  eval_bpb {row['eval_bpb']:.3f}  "
+                   f"ar_ppl {row['ar_ppl']:.3f} (before: {row['ar_ppl_before']:.3f})  {row['sample']!r}")
+        best = state["best_nelbo"] or math.inf
+        if row["eval_nelbo"] > 1.1 * best:
+            tqdm.write(f"warning: eval_nelbo is well above its best, {best:.4f}: try a lower learning_rate")
+        state["best_nelbo"] = min(row["eval_nelbo"], best)
 
     signals = []
 
@@ -1005,7 +1015,7 @@ def main(argv):
             if not dry_run and (state["step"] == 0 or state["total"] % eval_steps == 0):
                 _, micro_batch = shrinking(place, micro_batch, evaluation)
 
-            # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ---------
+            # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ------
             start, where = time.perf_counter(), (seed, number, state["step"])
             ids = get_batch(windows, per_step, *where)  # (N, T)
             t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where))  # (N,), (N, T)
@@ -1031,7 +1041,7 @@ def main(argv):
             if debug:
                 tqdm.write(f"ids {tuple(ids.shape)}, t {t.tolist()[:8]}, loss {loss}, grad_norm {grad_norm}")
             if not finite:
-                tqdm.write(f"warning: loss {loss} and grad_norm {grad_norm} at step {state['total']}: not finite, skipped")
+                tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {grad_norm}")
                 if debug or state["skipped_in_a_row"] == 10:
                     raise UserError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
                                     "learning_rate, or dtype bfloat16 or float32", 1)
@@ -1046,12 +1056,12 @@ def main(argv):
                        "tokens_per_s": round(ids.numel() / statistics.fmean(seconds)), "memory_gb": round(memory, 2)}
                 log(row)
                 left = timedelta(seconds=round((total_steps - state["total"]) * statistics.fmean(seconds)))
-                tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{total_steps}  loss {row['loss']:8.4f}  "
-                           f"lr {row['lr']:.2e}  norm {grad_norm:7.3f}  {row['tokens_per_s']:8,} tokens/s  "
-                           f"{memory:5.1f} GB  left {left}")
+                tqdm.write(f"{progress()}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {grad_norm:7.3f}  "
+                           f"{row['tokens_per_s']:8,} tokens/s  {memory:5.1f} GB  left {left}")
                 state["losses"], seconds = [], []
             if not dry_run and (last or signals or save_steps and state["total"] % save_steps == 0):
-                save(f"checkpoint_{state['total']}", {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                save(f"checkpoint_{state['total']}",
+                     {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
             if signals:
                 bar.close()
                 print(f"stopped by {signal.Signals(signals[0]).name}; --resume goes on from here")

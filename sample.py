@@ -43,7 +43,7 @@ def folder_to_read(out_dir, checkpoint):
         for folder in (run_dir / "final", *checkpoints(run_dir)):
             if (folder / "diffusion.json").is_file():
                 return folder
-    raise UserError(f"out_dir: no converted model in {out_dir or 'outputs/'}; python convert.py config/tiny.py makes one")
+    raise UserError(f"out_dir: no converted model in {out_dir or 'outputs/'}; convert.py config/tiny.py makes one")
 
 
 def shown(tokenizer, ids, mask_id):
@@ -69,9 +69,8 @@ def main(argv):
     model.to(place).eval()
     ids = canvas(model, tokenizer, prompt, max_new_tokens, num_samples)
     length, start = ids.shape[1], ids.shape[1] - max_new_tokens
-    limit = getattr(model.lm.config.get_text_config(), "max_position_embeddings", length)
-    if length > limit:
-        raise UserError(f"max_new_tokens: {length} tokens with the prompt, the model has {limit} positions")
+    if length > model.positions:
+        raise UserError(f"max_new_tokens: {length} tokens with the prompt, the model has {model.positions} positions")
     if length > trained:
         print(f"note: {length} tokens, but the model was converted on windows of {trained}", file=sys.stderr)
 

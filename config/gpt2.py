@@ -1,0 +1,13 @@
+# GPT-2 (124 M) into a diffusion LM on wikitext-103: whole sequence, cosine schedule, three stages, 205 M tokens in all.
+# python convert.py config/gpt2.py      needs the hub once and any GPU of 6 GB or more
+# By arithmetic, not measured: 124 M x 10 bytes = 1.3 GB, activations of 16 windows about 4 GB; disk 0.8 GB a checkpoint.
+model_name = "openai-community/gpt2"
+max_seq_length = 512
+
+# 16 windows x 2 = 32 windows x 512 tokens = 16,384 tokens a step
+batch_size = 16
+gradient_accumulation_steps = 2
+learning_rate = 3e-4
+
+dtype = "bfloat16"  # the GPU's fast units, with float32's range: no loss scaling
+use_gradient_checkpointing = False  # fits without

