@@ -25,6 +25,7 @@ class UserError(Exception):
 
 def run(main):
     """Call main(argv). What a user can mend, or a machine fails at, ends as one line on stderr and an exit code."""
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -57,8 +58,9 @@ def checked(name, value, settings, rule, where):
     if isinstance(rule, set) and value not in rule:
         known = ", ".join(sorted(rule))
         raise UserError(f"{where}: {name} must be one of {known}, not '{value}'{nearest(value, rule)}")
-    if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-        raise UserError(f"{where}: {name} must be from {rule[0]} to {rule[1]}, not {value}")
+    low, high = rule if isinstance(rule, tuple) else (0, math.inf)
+    if kind in (int, float) and not low <= value <= high:
+        raise UserError(f"{where}: {name} must be from {low} to {high}, not {value}")
     return value
 
 
@@ -92,7 +94,8 @@ def from_file(path, settings):
 def configure(settings, argv, allowed):
     """Override settings (a module's globals()) by files and flags, left to right; returns the paths of the files.
 
-    allowed: {name: a set of values, or (lowest, highest)}. Raises UserError for what is no setting or not allowed.
+    allowed: {name: a set of values, or (lowest, highest)}; a number without an entry must not be negative. Raises
+    UserError for what is no setting or not allowed.
     """
     files = []
     for arg in argv:

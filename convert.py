@@ -107,15 +107,12 @@ dry_run = False  # load, measure three steps a stage, print what the run would c
 debug = False  # 20 steps with anomaly detection, shapes and finite checks
 seed = 1337  # of data order, noise, dropout and random weights
 
-allowed = {
+allowed = {  # a set of values or (lowest, highest); a number without an entry must not be negative
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
-    "dtype": {"bfloat16", "float16", "float32"}, "num_timesteps": (1, 10**6), "max_seq_length": (2, 10**6),
-    "max_train_samples": (1, 10**9), "eval_samples": (1, 10**6), "num_proc": (0, 1024), "batch_size": (1, 10**6),
-    "gradient_accumulation_steps": (1, 10**6), "learning_rate": (0, 1), "warmup_steps": (0, 10**9),
-    "weight_decay": (0, 10), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "max_grad_norm": (0, 1e9),
-    **{f"stage{i}_epochs": (0, 10**4) for i in range(4)}, **{f"stage{i}_lr_scale": (0, 100) for i in range(4)},
-    "lm_loss_weight": (0, 1000), "max_steps": (0, 10**9), "max_memory_gb": (0, 10**5), "save_steps": (0, 10**9),
-    "eval_steps": (1, 10**9), "log_steps": (1, 10**9), "keep_checkpoints": (1, 10**4), "seed": (0, 2**31),
+    "dtype": {"bfloat16", "float16", "float32"}, "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
+    "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
+    **dict.fromkeys(("max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
+                     "log_steps", "keep_checkpoints"), (1, 10**9)),
 }
 
 
@@ -433,9 +430,11 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
         gated = " (accept its licence on its hub page, then log in: hf auth login)" if "gated" in str(error) else ""
         what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
         raise UserError(f"{what} cannot be loaded: {first_line(error)}{gated}") from None
-    if path.suffix == ".gguf" or "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
+    if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
+    if "quantization_config" in vars(lm.config):
+        raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
                         f"{lm.get_input_embeddings().weight.shape[0]}: not the tokenizer of this model")
@@ -470,8 +469,8 @@ def read_corpus(name, config, column, cache):
     Raises UserError for what is missing, empty or no text.
     """
     if name == "pydoc":
-        from pydoc_data.topics import topics  # 465 KB of English prose in the standard library
-        return list(topics.values()), None, 1, platform.python_version()
+        from pydoc_data.topics import topics  # 450 KB of English prose in the standard library, less its indentation
+        return [re.sub(" {2,}", " ", text) for text in topics.values()], None, 1, platform.python_version()
     path, what = Path(name).expanduser(), {"path": name, "name": config or None}
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.exists() or path.suffix in kinds or name[:1] in (".", "/", "~"):
@@ -826,7 +825,8 @@ def save_folder(path, model, tokenizer, record, training=None):
 
 def checkpoints(out):
     """The checkpoints of a run, newest first."""
-    return sorted(out.glob("checkpoint_*"), key=lambda p: int(p.name.split("_")[1]), reverse=True)
+    found = [p for p in out.glob("checkpoint_*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
 def checkpoint_to_resume(out, named):

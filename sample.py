@@ -29,7 +29,7 @@ seed = 1337  # with a temperature
 watch = False  # show the text unmasking in place, on a terminal
 json = False  # one JSON object a sample on stdout, and nothing else
 
-allowed = {"max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5), "seed": (0, 2**63 - 1),
+allowed = {"max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5), "seed": (0, 2**62),
            "dtype": {"float32", "bfloat16", "float16"}}
 
 
@@ -37,9 +37,8 @@ def folder_to_read(out_dir, checkpoint):
     """The folder with the model: the checkpoint, else final/ of out_dir, else its newest checkpoint."""
     if checkpoint:
         return Path(checkpoint)
-    runs = [Path(out_dir)] if out_dir else sorted(
-        (p.parent.parent for p in Path("outputs").glob("*/*/diffusion.json")), key=lambda p: p.stat().st_mtime)
-    for run_dir in reversed(runs):
+    written = sorted(Path("outputs").glob("*/*/diffusion.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for run_dir in [Path(out_dir)] if out_dir else [p.parent.parent for p in written]:
         for folder in (run_dir / "final", *checkpoints(run_dir)):
             if (folder / "diffusion.json").is_file():
                 return folder

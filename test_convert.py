@@ -434,6 +434,7 @@ def convert_main(monkeypatch, tmp_path, capsys):
 
 
 SMALL = json.dumps({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128})  # dropout 0.1
+NO_DROPOUT = f"--model_config={SMALL[:-1]}, \"resid_pdrop\": 0, \"attn_pdrop\": 0, \"embd_pdrop\": 0}}"
 TINY = [f"--model_config={SMALL}", "--tokenizer_name=bytes", "--dataset_name=pydoc", "--max_seq_length=48",
         "--max_train_samples=300", "--eval_samples=16", "--batch_size=4", "--gradient_accumulation_steps=1",
         "--max_steps=12", "--stage0_epochs=1", "--eval_steps=5", "--log_steps=1", "--save_steps=3", "--warmup_steps=2",
@@ -654,7 +655,7 @@ def test_a_refused_write_leaves_the_last_checkpoint_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
         try:
             with pytest.raises(configurator.UserError, match="cannot save") as error:
-                convert.save_folder(tmp_path / "checkpoint_1", model, convert.byte_tokenizer(), {}, {"a": torch.ones(1)})
+                convert.save_folder(tmp_path / "checkpoint_1", model, convert.byte_tokenizer(), {}, {"a": 1})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert error.value.code == 1 and convert.checksums(tmp_path / "checkpoint_1") == before
@@ -668,8 +669,7 @@ def test_a_run_without_room_for_its_checkpoints_is_refused(convert_main, monkeyp
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(convert_main, monkeypatch):
-    config = f"--model_config={SMALL[:-1]}, \"resid_pdrop\": 0, \"attn_pdrop\": 0, \"embd_pdrop\": 0}}"
-    assert convert_main(*TINY, config)[0] == 0
+    assert convert_main(*TINY, NO_DROPOUT)[0] == 0
     loss = convert.DiffusionLM.loss
 
     def limited(self, ids, *rest):
@@ -678,12 +678,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(convert_main, 
         return loss(self, ids, *rest)
     monkeypatch.setattr(convert.DiffusionLM, "loss", limited)
     room = 1
-    code, out, err = convert_main(*TINY, config, "--out_dir=halved")
+    code, out, err = convert_main(*TINY, NO_DROPOUT, "--out_dir=halved")
     assert code == 0 and out.count("out of memory") == 2 and "1 windows at a time" in out
     for a, b in zip(rows_of("out"), rows_of("halved"), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
     room = 0
-    code, _, err = convert_main(*TINY, config, "--out_dir=none")
+    code, _, err = convert_main(*TINY, NO_DROPOUT, "--out_dir=none")
     assert code == 1 and "max_seq_length" in err
 
 
@@ -718,9 +718,8 @@ def test_debug_stops_after_20_steps(convert_main):
 @pytest.mark.parametrize("flags, tolerance", [(["--use_gradient_checkpointing"], 1e-5), (["--compile_model"], 1e-3),
                                               (["--dtype=bfloat16"], 0.02), (["--dtype=float16"], 0)])
 def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, flags, tolerance):
-    config = f"--model_config={SMALL[:-1]}, \"resid_pdrop\": 0, \"attn_pdrop\": 0, \"embd_pdrop\": 0}}"
-    assert convert_main(*TINY, config, "--max_steps=8")[0] == 0
-    code, out, _ = convert_main(*TINY, config, "--max_steps=8", "--out_dir=b", *flags)
+    assert convert_main(*TINY, NO_DROPOUT, "--max_steps=8")[0] == 0
+    code, out, _ = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", *flags)
     assert code == 0 and ("float16 on a CPU becomes float32" in out) == (flags == ["--dtype=float16"])
     for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
@@ -794,6 +793,52 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m cuda, two minutes
+def cuda(test):
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
+
+
+@pytest.mark.parametrize("flags, tolerance", [
+    ([], 1e-3), (["--compile_model"], 1e-3), (["--use_8bit_adam", "--dtype=bfloat16"], 0.03),
+    (["--dtype=float16"], 0.03),
+    (["--dtype=bfloat16", "--compile_model", "--use_8bit_adam", "--use_gradient_checkpointing"], 0.03)])
+@cuda
+def test_cuda_gives_the_losses_of_the_cpu(convert_main, flags, tolerance):
+    assert convert_main(*TINY, NO_DROPOUT)[0] == 0
+    code, out, err = convert_main(*TINY, NO_DROPOUT, "--out_dir=b", "--device=cuda", *flags)
+    assert code == 0, err
+    assert "goes on without" not in out
+    for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
+
+
+@cuda
+def test_cuda_resumes_and_samples(convert_main, tmp_path):
+    argv = [*TINY, "--device=cuda", "--dtype=bfloat16", "--use_8bit_adam"]
+    assert convert_main(*argv)[0] == 0
+    rows = rows_of("out")
+    for name in ("final", "checkpoint_12"):
+        convert.shutil.rmtree(f"out/{name}")
+    code, out, _ = convert_main(*argv, "--resume")
+    assert code == 0 and "checkpoint_9" in out
+    for a, b in zip(rows, rows_of("out"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
+    for dtype in ("float32", "bfloat16"):
+        assert "cuda" in script("sample.py", "--out_dir=out", f"--dtype={dtype}", "--max_new_tokens=8", cwd=tmp_path)[0]
+
+
+@cuda
+def test_cuda_takes_the_flash_kernel_in_both_modes():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = diffusion(random_lm("mistral", head_dim=16)).cuda().bfloat16()
+    ids = torch.randint(0, 99, (2, 4)).cuda()  # within the sliding window; beyond it the causal mode needs a mask
+    for causal in (True, False):
+        model.set_causal(causal)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where a mask tensor is passed
+            assert model(ids).isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # README
 def quoted(name):
     return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", (HERE / "README.md").read_text(), re.S).group(1)
@@ -813,5 +858,26 @@ def test_readme_lists_every_setting_with_its_default_and_reason():
     assert quoted("settings").splitlines()[2:] == table
 
 
-def test_readme_names_the_families_of_the_test():
-    assert quoted("families").replace("\n", " ").split(", ") == sorted(FAMILIES)
+def families_table():
+    """What python test_convert.py prints: README's table, measured on random weights."""
+    rows = ["| family | attention | sliding window | causal: off Hugging Face's logits by | position 0 moves by |",
+            "|---|---|---|---|---|"]
+    for family in FAMILIES:
+        lm, ids = random_lm(family), torch.arange(3, 15)[None]
+        with torch.no_grad():
+            expected, model = lm(ids).logits, diffusion(lm)
+            moved = convert.probe(model, 64)[1]
+            model.set_causal(True)
+            off = (model(ids) - expected).abs().max().item()
+        window = "yes" if any(name == "sliding_window" for _, name, *_ in model.switches) else ""
+        rows.append(f"| {family} | {lm.config._attn_implementation} | {window} | {off:.0g} | {moved:.1g} |")
+    return rows
+
+
+def test_readme_has_a_row_for_each_family_of_the_test():
+    names = [row.split(" | ")[0].lstrip("| ") for row in quoted("families").splitlines()]
+    assert names[names.index("|---|---|---|---|---|") + 1:] == list(FAMILIES)
+
+
+if __name__ == "__main__":
+    print("\n".join(families_table()))

@@ -1,6 +1,6 @@
 # GPT-2 (124 M) into a diffusion LM on wikitext-103: whole sequence, cosine schedule, three stages, 205 M tokens in all.
 # python convert.py config/gpt2.py      needs the hub once and any GPU of 6 GB or more
-# By arithmetic, not measured: 124 M x 10 bytes = 1.3 GB, activations of 16 windows about 4 GB; disk 0.8 GB a checkpoint.
+# By arithmetic, not measured: 124 M x 10 bytes = 1.3 GB, activations of 16 windows about 4 GB; 0.8 GB a checkpoint.
 model_name = "openai-community/gpt2"
 max_seq_length = 512
 
