@@ -493,7 +493,7 @@ def read_corpus(name, config, column, cache):
     if train is None or column not in train.column_names:
         wanted, has = ("train", list(splits)) if train is None else (column, train.column_names)
         raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
-    key, train, held = [train._fingerprint, held and held._fingerprint], train[column], held and held[column]
+    key, train, held = [column, train._fingerprint, held and held._fingerprint], train[column], held and held[column]
     head = [text or "" for text in train[:1000]]
     if not any(head) or not all(isinstance(text, str) for text in head):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
@@ -583,7 +583,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
             held_out.add(i)
             known.append(shingles(text))
             characters += len(text)
-            yield text
+            if text:
+                yield text
 
     def train_texts():
         known[:] = [np.unique(np.concatenate(known))]
@@ -778,8 +779,14 @@ def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
 
 
 def canvas(model, tokenizer, prompt, new_tokens, samples=1):
-    """ids (samples, T): the prompt, then new_tokens masks. An empty prompt starts a document, after an end of text."""
+    """ids (samples, T): the prompt, then new_tokens masks. An empty prompt starts a document, after an end of text.
+
+    UserError if that is longer than the model can be.
+    """
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id or 0]
+    length = len(ids) + new_tokens
+    if length > model.positions:
+        raise UserError(f"prompt: {length} tokens with the new ones, but the model has {model.positions} positions")
     return torch.tensor([ids + [model.mask_id] * new_tokens] * samples, device=model.mask_embedding.device)
 
 
@@ -871,6 +878,43 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print()
 
 
+def set_up_machine():
+    """(device, dtype of autocast, the autocast context, memory limit in GB), as set; what was chosen is printed."""
+    place, precision = pick_device(device), getattr(torch, dtype)
+    if place.type == "cpu" and precision == torch.float16:
+        print("dtype: float16 on a CPU becomes float32")
+        precision = torch.float32
+    total = memory_gb(place)[1]
+    if place.type == "cuda" and max_memory_gb:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / total), place)
+    limit = max_memory_gb or total - 3
+    print(f"device: {place}, {precision}, {limit:.1f} GB")
+    return place, precision, torch.autocast(place.type, precision, enabled=precision != torch.float32), limit
+
+
+def find_run(out, settings):
+    """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
+    state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
+             "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
+    if not (resume or checkpoint):
+        if not dry_run and (checkpoints(out) or (out / "final").exists()):
+            raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
+        return state, None
+    source = checkpoint_to_resume(out, checkpoint)
+    if not source:
+        print(f"resume: no checkpoint in {out}, so from the start")
+        return state, None
+    record = read_record(source)
+    if checkpoint and any(int(p.name[11:]) > record["state"]["total"] for p in checkpoints(out)):
+        raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... starts beside it from this one")
+    no_matter = {"resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "num_proc", "save_steps", "eval_steps",
+                 "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb"}
+    changed = [f"{k} {record['settings'].get(k)!r} -> {v!r}" for k, v in settings.items()
+               if k not in no_matter and record["settings"].get(k) != v]
+    print(f"resume: {source}" + f"; no longer the run it was: {', '.join(changed)}" * bool(changed))
+    return state | record["state"], source
+
+
 def main(argv):
     global max_steps
     files = configure(globals(), argv, allowed)
@@ -879,38 +923,11 @@ def main(argv):
     if debug:
         max_steps = min(max_steps or 20, 20)
         torch.autograd.set_detect_anomaly(True)
-
-    # -- the machine
-    place = pick_device(device)
-    precision = getattr(torch, dtype)
-    if place.type == "cpu" and precision == torch.float16:
-        print("dtype: float16 on a CPU becomes float32")
-        precision = torch.float32
-    amp = torch.autocast(place.type, precision, enabled=precision != torch.float32)
-    memory_limit = max_memory_gb or memory_gb(place)[1] - 3
-    if place.type == "cuda" and max_memory_gb:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / memory_gb(place)[1]), place)
-    print(f"device: {place}, {precision}, {memory_limit:.1f} GB")
-
-    # -- where the run stands: this dict is all that a resume needs beside weights and optimizer
-    state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
-             "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
-    source = checkpoint_to_resume(out, checkpoint) if resume or checkpoint else None
     if resume and not checkpoint and (out / "final").exists():
         print(f"this run is finished: {out}/final")
         return
-    if not (resume or checkpoint or dry_run) and (checkpoints(out) or (out / "final").exists()):
-        raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
-    if source:
-        record = read_record(source)
-        state |= record["state"]
-        no_matter = {"resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "num_proc", "save_steps", "eval_steps",
-                     "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb"}
-        changed = [f"{k} {record['settings'].get(k)!r} -> {v!r}" for k, v in settings.items()
-                   if k not in no_matter and record["settings"].get(k) != v]
-        print(f"resume: {source}" + f"; no longer the run it was: {', '.join(changed)}" * bool(changed))
-    elif resume:
-        print(f"resume: no checkpoint in {out}, so from the start")
+    place, precision, amp, memory_limit = set_up_machine()
+    state, source = find_run(out, settings)  # state is all that a resume needs beside weights and optimizer
 
     # -- model, data, stages
     torch.manual_seed(seed)
@@ -921,6 +938,7 @@ def main(argv):
     if max_seq_length > model.positions:
         raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
     model.to(place)
+    start_of_sample = canvas(model, tokenizer, sample_prompt, 32)
     moved = probe(model, max_seq_length)
     corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
@@ -937,7 +955,9 @@ def main(argv):
     if disk > free:
         raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
                         f"more and final/ need {disk / 1e9:.1f}")
-    if use_gradient_checkpointing and model.lm.supports_gradient_checkpointing:
+    if use_gradient_checkpointing and not model.lm.supports_gradient_checkpointing:
+        print("use_gradient_checkpointing: goes on without, this architecture has none")
+    elif use_gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compile_model:
         compile_layers(model)
@@ -955,7 +975,8 @@ def main(argv):
 
     def log(row):
         row = {"stage": stage["name"], "step": state["total"]} | row
-        log_file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")  # NaN is no JSON
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        log_file.write(json.dumps(finite) + "\n")
         log_file.flush()
         if wandb_run:
             wandb_run.log(row, step=state["total"])
@@ -976,10 +997,11 @@ def main(argv):
             row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
             model.eval()
             with amp:
-                ids, _ = unmask(model, canvas(model, tokenizer, sample_prompt, 32), 32)
+                ids, _ = unmask(model, start_of_sample, 32)
             model.train()
         if state["total"] <= pretraining_steps:
             state["ar_ppl_before"] = row["ar_ppl"]  # with no position masked this is still the untouched model
+            state["best_nelbo"] = None  # AR pre-training is not about it
         row |= {"ar_ppl_before": state["ar_ppl_before"], "sample": tokenizer.decode(ids[0].tolist())}
         log(row)
         tqdm.write(f"{progress()}  eval_nelbo {row['eval_nelbo']:.4f}  eval_bpb {row['eval_bpb']:.3f}  "
@@ -995,8 +1017,8 @@ def main(argv):
         if signals:
             raise KeyboardInterrupt  # the second time at once
         signals.append(number)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM) if not dry_run else ():
+        signal.signal(number, on_signal)
 
     # -- the loop
     training = torch.load(source / "training.pt", weights_only=True, map_location="cpu") if source else None
@@ -1073,7 +1095,7 @@ def main(argv):
         state["stage"], state["step"] = number + 1, 0
     bar.close()
     if dry_run:
-        print(f"memory: {memory:.1f} GB at its peak on {place}, of {memory_limit:.1f}; on the host "
+        print(f"memory: {memory_gb(place)[0]:.1f} GB at its peak on {place}, of {memory_limit:.1f}; on the host "
               f"{memory_gb(torch.device('cpu'))[0]:.1f} GB; disk: {disk / 1e9:.1f} GB")
         return
     shrinking(place, micro_batch, evaluation)

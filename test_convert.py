@@ -374,6 +374,17 @@ def test_tables_are_read(tmp_path, kind):
     assert len(build(tmp_path, tmp_path / f"a.{kind}")[0]) > 100
 
 
+def test_another_column_or_an_edited_file_is_tokenised_anew(tmp_path):
+    found = []
+    for text in ("a b", "b a"):
+        rows = [{"text": f"{text} {words(50, i)}", "other": f"c {words(50, i)}"} for i in range(30)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for column in ("text", "other", "text"):
+            found.append(convert.byte_tokenizer().decode(np.asarray(build(tmp_path, tmp_path / "a.jsonl",
+                                                                            column=column)[0]).ravel())[:3])
+    assert found == ["a b", "c " + found[1][2], "a b", "b a", "c " + found[1][2], "b a"]
+
+
 def test_no_more_is_tokenised_than_needed(tmp_path):
     train, held, _ = build(tmp_path, "pydoc", windows=20, held=3)
     assert train.shape == (20, 32) and held.shape == (3, 32)
@@ -506,6 +517,7 @@ WRONG_INPUTS = {
     "no checkpoint": (["--checkpoint=out/checkpoint_7"], "checkpoint_7", None),
     "nothing to train": ([f"--stage{i}_epochs=0" for i in range(4)], "nothing to train", None),
     "no positions": (["--max_seq_length=4096"], "positions", None),
+    "long prompt": (["--sample_prompt=" + "x" * 100], "positions", None),
 }
 
 
@@ -641,8 +653,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(conv
     assert "no longer" not in out
     code, _, err = convert_main(*TINY, "--checkpoint=out/checkpoint_5")
     assert code == 2 and "not there" in err
-    _, out, _ = convert_main(*TINY, "--checkpoint=out/checkpoint_12", "--learning_rate=2e-3", "--max_steps=14")
-    assert "learning_rate 0.001 -> 0.002" in out and "max_steps 12 -> 14" in out and "log_steps" not in out
+    _, out, _ = convert_main(*TINY, "--checkpoint=out/checkpoint_12", "--learning_rate=2e-3", "--max_steps=24")
+    assert "learning_rate 0.001 -> 0.002" in out and "max_steps 12 -> 24" in out and "log_steps" not in out
+    code, _, err = convert_main(*TINY, "--checkpoint=out/checkpoint_12")
+    assert code == 2 and "later" in err, "no branch of a run is written over another"
 
 
 def test_a_refused_write_leaves_the_last_checkpoint_whole(tmp_path):

@@ -14,6 +14,6 @@ axis.plot(steps, [math.log2(row["ar_ppl"]) for row in rows], "s--", ms=4, label=
 axis.set(xlabel="optimizer step", ylabel="bits per held-out token", ylim=(2.5, 8.5))
 for stage, start in {row["stage"]: row["step"] for row in reversed(rows)}.items():
     axis.axvline(start, color="0.85", zorder=0)
-    axis.text(start + 4, 8.4, stage.replace(" ", "\n", 1), va="top", fontsize=8)
+    axis.text(start + 4, 8.4, stage.replace(" ", "\n"), va="top", fontsize=8)
 axis.legend(frameon=False, loc="center right")
 figure.savefig(sys.argv[2], dpi=110)
