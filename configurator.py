@@ -23,6 +23,11 @@ class UserError(Exception):
         self.code = code
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says so, for a GPU or a CPU (torch has a type of its own for the former only)."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def run(main):
     """Call main(argv). What a user can mend, or a machine fails at, ends as one line on stderr and an exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
@@ -30,8 +35,10 @@ def run(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        print(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, UserError) else 1)
 
 

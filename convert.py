@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from configurator import UserError, configure, names_of, nearest, run
+from configurator import UserError, configure, names_of, nearest, out_of_memory, run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -715,6 +715,14 @@ def pick_device(name):
                         f"sees {', '.join(sees)}: {first_line(error)}") from None
 
 
+def pick_autocast(device, name):
+    """(dtype, the autocast context in it), none for float32; float16 on a CPU becomes float32, with a line."""
+    if device.type == "cpu" and name == "float16":
+        print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
+        name = "float32"
+    return getattr(torch, name), torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
+
+
 def memory_gb(device):
     """Peak memory of this process on the device (on a CPU its resident memory), and the device's own, in GB."""
     if device.type == "cuda":
@@ -732,7 +740,7 @@ def shrinking(device, micro_batch, work, *args):
         try:
             return work(*args, micro_batch), micro_batch
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not out_of_memory(error):
                 raise
         # past the except, whose traceback held the tensors
         if micro_batch == 1:
@@ -880,16 +888,14 @@ def describe(model, moved, windows, held, meta, stages, per_step):
 
 def set_up_machine():
     """(device, dtype of autocast, the autocast context, memory limit in GB), as set; what was chosen is printed."""
-    place, precision = pick_device(device), getattr(torch, dtype)
-    if place.type == "cpu" and precision == torch.float16:
-        print("dtype: float16 on a CPU becomes float32")
-        precision = torch.float32
+    place = pick_device(device)
+    precision, amp = pick_autocast(place, dtype)
     total = memory_gb(place)[1]
     if place.type == "cuda" and max_memory_gb:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / total), place)
     limit = max_memory_gb or total - 3
     print(f"device: {place}, {precision}, {limit:.1f} GB")
-    return place, precision, torch.autocast(place.type, precision, enabled=precision != torch.float32), limit
+    return place, precision, amp, limit
 
 
 def find_run(out, settings):

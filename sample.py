@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure, run
-from convert import canvas, checkpoints, load_model, pick_device, read_record, unmask
+from convert import canvas, checkpoints, load_model, pick_autocast, pick_device, read_record, unmask
 
 # ----------------------------------------------------------------------------------------------------------------------
 prompt = "The statement "  # stays as it is; "": the start of a document
@@ -75,10 +75,12 @@ def main(argv):
         print(f"\x1b[H\x1b[J{shown(tokenizer, ids[0].tolist(), model.mask_id)}", flush=True)
 
     began = time.perf_counter()
-    with torch.autocast(place.type, getattr(torch, dtype), enabled=dtype != "float32"):
+    with pick_autocast(place, dtype)[1]:
         ids, forwards = unmask(model, ids, steps, temperature, torch.Generator(place).manual_seed(seed), watch and show)
     rows = ids.tolist()  # waits for the device
     seconds = time.perf_counter() - began
+    if watch:
+        print("\x1b[H\x1b[J", end="")
     for row in rows:
         text = tokenizer.decode(row)[len(tokenizer.decode(row[:start])):]
         if json:

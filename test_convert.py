@@ -700,6 +700,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(convert_main, 
     code, _, err = convert_main(*TINY, NO_DROPOUT, "--out_dir=none")
     assert code == 1 and "max_seq_length" in err
 
+    def too_large(*args):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(convert.DiffusionLM, "to", too_large)
+    code, _, err = convert_main(*TINY, "--out_dir=none")
+    assert code == 1 and err == "error: out of memory\n", "while loading"
+
 
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(convert_main, monkeypatch):
     loss, calls = convert.DiffusionLM.loss, itertools.count()
@@ -733,8 +739,8 @@ def test_debug_stops_after_20_steps(convert_main):
                                               (["--dtype=bfloat16"], 0.02), (["--dtype=float16"], 0)])
 def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, flags, tolerance):
     assert convert_main(*TINY, NO_DROPOUT, "--max_steps=8")[0] == 0
-    code, out, _ = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", *flags)
-    assert code == 0 and ("float16 on a CPU becomes float32" in out) == (flags == ["--dtype=float16"])
+    code, _, err = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", *flags)
+    assert code == 0 and ("float16 on a CPU becomes float32" in err) == (flags == ["--dtype=float16"])
     for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
 
