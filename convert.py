@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from configurator import UserError, configure, names_of, nearest, out_of_memory, run
+from configurator import UserError, configure, names_of, nearest
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -382,6 +382,38 @@ def probe(model, max_seq_length):
 FOREIGN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
+class Failure(UserError):
+    """What went wrong is no mistake of the user's."""
+    code = 1
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError says so, for a GPU or a CPU (torch has a type of its own for the former only)."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def run(main):
+    """Call main(argv). What a user can mend, or a machine fails at, ends as one line on stderr and an exit code.
+
+    --help prints the script's docstring and the lines that define its settings.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
+    if "--help" in sys.argv or "-h" in sys.argv:
+        script = main.__globals__
+        lines = re.findall(r"^[a-z]\w* = .*#.*$", Path(script["__file__"]).read_text(), re.MULTILINE)
+        print(script["__doc__"], *lines, sep="\n")
+        return
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        print(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, UserError) else Failure.code)
+
+
 def first_line(error):
     """The first line of a library's error, short enough for ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -427,7 +459,7 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
             if report["missing_keys"] or report["mismatched_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
     except FOREIGN as error:
-        gated = " (accept its licence on its hub page, then log in: hf auth login)" if "gated" in str(error) else ""
+        gated = "" if local or config_json else " (is it gated? accept its licence on its hub page, then hf auth login)"
         what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
         raise UserError(f"{what} cannot be loaded: {first_line(error)}{gated}") from None
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
@@ -482,13 +514,13 @@ def read_corpus(name, config, column, cache):
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
     import datasets  # slow to import, and pydoc does not need it
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises as well
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(**what)
     except (*FOREIGN, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
     train, held = splits.get("train"), next((splits[k] for k in ("validation", "valid", "dev") if k in splits), None)
     if train is None or column not in train.column_names:
         wanted, has = ("train", list(splits)) if train is None else (column, train.column_names)
@@ -744,8 +776,8 @@ def shrinking(device, micro_batch, work, *args):
                 raise
         # past the except, whose traceback held the tensors
         if micro_batch == 1:
-            raise UserError("out of memory with one window at a time: try --use_gradient_checkpointing, "
-                            "--use_8bit_adam, a smaller --max_seq_length or a smaller model", 1)
+            raise Failure("out of memory with one window at a time: try --use_gradient_checkpointing, "
+                            "--use_8bit_adam, a smaller --max_seq_length or a smaller model")
         micro_batch //= 2
         tqdm.write(f"out of memory: {micro_batch} windows at a time from here on, the effective batch stays as it was")
         if device.type == "cuda":
@@ -835,7 +867,7 @@ def save_folder(path, model, tokenizer, record, training=None):
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot save {path}: {first_line(error)}; what was saved before is whole", 1) from None
+        raise Failure(f"cannot save {path}: {first_line(error)}; what was saved before is whole") from None
 
 
 def checkpoints(out):
@@ -1071,8 +1103,8 @@ def main(argv):
             if not finite:
                 tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {grad_norm}")
                 if debug or state["skipped_in_a_row"] == 10:
-                    raise UserError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
-                                    "learning_rate, or dtype bfloat16 or float32", 1)
+                    raise Failure(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
+                                    "learning_rate, or dtype bfloat16 or float32")
             memory = memory_gb(place)[0]
             if memory > 0.9 * memory_limit and not warned:
                 warned = True

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure, run
-from convert import canvas, checkpoints, load_model, pick_autocast, pick_device, read_record, unmask
+from configurator import UserError, configure
+from convert import canvas, checkpoints, load_model, pick_autocast, pick_device, read_record, run, unmask
 
 # ----------------------------------------------------------------------------------------------------------------------
 prompt = "The statement "  # stays as it is; "": the start of a document

