@@ -55,13 +55,13 @@ def from_flag(name, text, settings):
 def from_file(path, settings):
     """What a config file assigns. Modules, functions and names that start with _ are its own affair."""
     before = {k: settings[k] for k in names_of(settings)} | {"__file__": path}
-    scope = dict(before)
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), scope)
-    except (SyntaxError, NameError, TypeError, ValueError, LookupError, ArithmeticError, ImportError, OSError) as error:
+        exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
+    except (SyntaxError, NameError, TypeError, ValueError, LookupError, ArithmeticError, ImportError, OSError,
+            AttributeError) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
-    return {k: v for k, v in scope.items() if k[0] != "_" and not isinstance(v, own) and v is not before.get(k)}
+    return {k: v for k, v in scope.items() if k[0] != "_" and not isinstance(v, own) and v is not before.get(k, own)}
 
 
 def configure(settings, argv, allowed):

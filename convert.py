@@ -1,6 +1,6 @@
 """Turn a pre-trained autoregressive (AR) language model into a masked-diffusion language model, in three stages.
 
-  python convert.py config/tiny.py                             # a laptop, 3 minutes, downloads nothing
+  python convert.py config/tiny.py                             # a laptop, 4 minutes, downloads nothing
   python convert.py config/phi2.py config/single_a6000.py      # Phi-2 on one 48 GB card
   python convert.py config/phi2.py --dry_run                   # what it would cost: hours, memory, disk
   python convert.py config/phi2.py --resume                    # go on after a kill, bit for bit
@@ -77,14 +77,14 @@ stage0_epochs = 0.0  # AR pre-training, for a model_config without weights
 stage1_epochs = 2.0  # attention adaptation
 stage2_epochs = 4.0  # diffusion
 stage3_epochs = 2.0  # recovery of the causal ability
-stage0_lr_scale = 1.0  # of learning_rate
-stage1_lr_scale = 0.5  # little at first: attention has just been turned
-stage2_lr_scale = 1.0  # of learning_rate
-stage3_lr_scale = 0.3  # of learning_rate
+stage0_lr_scale = 1.0  # of learning_rate, like those below
+stage1_lr_scale = 0.5  # little at first, as attention has just been turned
+stage2_lr_scale = 1.0  # everything trains
+stage3_lr_scale = 0.3  # lower, as it mends what stage 2 bent
 lm_loss_weight = 0.5  # of the causal loss, in stage 3
 max_steps = 0  # optimizer steps of all stages together, in proportion to their epochs; 0: by epochs
 # diffusion
-num_timesteps = 1000  # T
+num_timesteps = 1000  # T; only the time embedding and the ends of the schedule notice it
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
@@ -107,7 +107,8 @@ dry_run = False  # load, measure three steps a stage, print what the run would c
 debug = False  # 20 steps with anomaly detection, shapes and finite checks
 seed = 1337  # of data order, noise, dropout and random weights
 
-allowed = {  # a set of values or (lowest, highest); a number without an entry must not be negative
+# a set of values or (lowest, highest); a number without an entry must not be negative
+allowed = {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
     "dtype": {"bfloat16", "float16", "float32"}, "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
     "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
@@ -182,8 +183,8 @@ def layout(ids, t, noise, model, diffusion_weight, lm_weight, total):
     return runs
 
 
-def gradients(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
-    """Backpropagate the loss of an optimizer step, micro-batch by micro-batch; the loss, a scalar on the device."""
+def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
+    """The loss of an optimizer step, a scalar on the device, its gradients in place, micro-batch by micro-batch."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(dropout_seed)
     loss = torch.zeros((), device=model.mask_embedding.device)
@@ -284,12 +285,8 @@ class DiffusionLM(nn.Module):
 
         So scaling, soft-capping and bias are the model's, for every family, and only the rows that are read cost.
         """
-        decoder = self.lm.get_decoder()
-        if isinstance(output, tuple):
-            output = (states, *output[1:])
-        else:
-            output = copy.copy(output)
-            output.last_hidden_state = states
+        decoder, output = self.lm.get_decoder(), copy.copy(output)
+        output.last_hidden_state = states
         decoder.forward = lambda *args, **kwargs: output
         try:
             return self.lm(inputs_embeds=states, use_cache=False).logits
@@ -304,7 +301,8 @@ class DiffusionLM(nn.Module):
 
     def loss(self, ids, t, rows, targets, weights):
         """Sum of weights times cross-entropy over the rows (N,), a scalar. All of them come from the CPU."""
-        ids, t, rows, targets, weights = (x.to(self.mask_embedding.device) for x in (ids, t, rows, targets, weights))
+        device = self.mask_embedding.device
+        ids, t, rows, targets, weights = (x.to(device, non_blocking=True) for x in (ids, t, rows, targets, weights))
         output, states = self.hidden(ids, t, rows)
 
         def chunk_loss(states, targets, weights):
@@ -333,8 +331,9 @@ def sinusoid(u):
 def causal_switches(lm):
     """[(owner, attribute, value when causal, value when bidirectional)], over the model's configs and modules.
 
-    Some families ask their config, some each attention module, so all are set together. A sliding window becomes one
-    that nothing reaches past, and SDPA then gets no mask tensor in either mode: its flash path.
+    Some families ask their config, some each attention module, so all are set together. When bidirectional, a sliding
+    window becomes one that nothing reaches past. SDPA then gets no mask tensor, which is its flash path, in either
+    mode (but for a causal window shorter than the text).
     """
     modules = list(lm.modules())
     configs = list({id(m.config): m.config for m in modules if "config" in vars(m)}.values())
@@ -362,12 +361,14 @@ def probe(model, max_seq_length):
     device, training, moved = model.mask_embedding.device, model.training, {}
     kind = model.lm.config.model_type
     model.eval()
-    for causal in (None, False, True):  # first as it comes, untouched
+    for causal in (None, False, True):  # first as it comes: an encoder must not pass for being forced to be causal
         if causal is not None:
             model.set_causal(causal)
         try:
             a, b = (model.hidden(x.to(device), None)[1][0] for x in (ids, other))
         except FOREIGN as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"architecture '{kind}' does not run from embeddings alone: {first_line(error)}") from None
         moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
     model.train(training)
@@ -388,8 +389,8 @@ class Failure(UserError):
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says so, for a GPU or a CPU (torch has a type of its own for the former only)."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    """Whether an error says so, of a GPU or a CPU (torch has a type of its own for the former only)."""
+    return any(text in str(error) for text in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def run(main):
@@ -398,6 +399,7 @@ def run(main):
     --help prints the script's docstring and the lines that define its settings.
     """
     sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; the training loop has a handler of its own
     if "--help" in sys.argv or "-h" in sys.argv:
         script = main.__globals__
         lines = re.findall(r"^[a-z]\w* = .*#.*$", Path(script["__file__"]).read_text(), re.MULTILINE)
@@ -408,9 +410,12 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        print(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}", file=sys.stderr)
+        advice = "; shorter or fewer windows, a smaller model, --use_8bit_adam, --use_gradient_checkpointing need less"
+        if not out_of_memory(error):
+            advice = ""
+            if isinstance(error, RuntimeError):
+                raise
+        print(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}{advice}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, UserError) else Failure.code)
 
 
@@ -439,17 +444,17 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
     transformers.utils.logging.disable_progress_bar()
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".gguf" or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
-    if local and not path.exists() and not config_json:
-        raise UserError(f"model_name: there is no file or folder '{name}'")
     where = {"local_files_only": local}
     if path.suffix == ".gguf":
         path, where["gguf_file"] = path.parent, path.name
-    source = str(path) if local else name
+    source, what = str(path) if local else name, f"model_name: '{name}'"
     try:
         if tokenizer_name == "bytes":
             tokenizer = byte_tokenizer()
         else:
+            what = f"tokenizer_name: '{tokenizer_name}'" if tokenizer_name else what
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or source, **({} if tokenizer_name else where))
+        what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
         if config_json:
             config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | json.loads(config_json)
             lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
@@ -460,7 +465,6 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
     except FOREIGN as error:
         gated = "" if local or config_json else " (is it gated? accept its licence on its hub page, then hf auth login)"
-        what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
         raise UserError(f"{what} cannot be loaded: {first_line(error)}{gated}") from None
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
@@ -521,11 +525,12 @@ def read_corpus(name, config, column, cache):
         splits = datasets.load_dataset(**what)
     except (*FOREIGN, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
-    train, held = splits.get("train"), next((splits[k] for k in ("validation", "valid", "dev") if k in splits), None)
-    if train is None or column not in train.column_names:
-        wanted, has = ("train", list(splits)) if train is None else (column, train.column_names)
-        raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
-    key, train, held = [column, train._fingerprint, held and held._fingerprint], train[column], held and held[column]
+    names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
+    for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
+        if wanted not in has:
+            raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
+    key, (train, *held) = [column, *(splits[k]._fingerprint for k in names)], [splits[k][column] for k in names]
+    held = held[0] if held else None
     head = [text or "" for text in train[:1000]]
     if not any(head) or not all(isinstance(text, str) for text in head):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
@@ -649,15 +654,16 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
                                 f"{length} (max_seq_length)")
         meta["held_out_share_in_training"] = float(seen[0].mean())
         (temporary / "meta.json").write_text(json.dumps(meta))
-        os.replace(temporary, folder)
+        if not folder.exists():  # by another run that started together with this one
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
 
 
 def token_windows(tokenizer, corpus, cache, threads, settings):
-    """Training and held-out windows (n, T), memory-mapped, and their meta.json; tokenised unless cache holds them."""
+    """Training and held-out windows (n, T), memory-mapped, and meta.json; tokenised if not cached."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    key = hashlib.sha256(json.dumps([1, identity, corpus[3], settings]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings]).encode()).hexdigest()[:16]
     folder = Path(cache) / f"tokens-{key}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **settings, threads=threads)
@@ -680,8 +686,8 @@ def get_batch(windows, size, seed, stage, step):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages, as data
-def make_stages(n_windows, windows_per_step):
-    """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps."""
+def make_stages(n_windows, windows_per_step, max_steps):
+    """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps (0: not run)."""
     table = [  # name, epochs, share of learning_rate, what it trains, weight of the diffusion and of the causal loss
         ("0 AR pre-training", stage0_epochs, stage0_lr_scale, "AR model", 0, 1),
         ("1 attention adaptation", stage1_epochs, stage1_lr_scale, "attention", 1, 0),
@@ -697,7 +703,7 @@ def make_stages(n_windows, windows_per_step):
         s["steps"] = share[1] - share[0] if max_steps else math.ceil(s["epochs"] * n_windows / windows_per_step)
         s["warmup"] = min(warmup_steps, s["steps"] // 5)
         done += s["epochs"]
-    return [s for s in stages if s["epochs"]]
+    return stages
 
 
 def freeze(model, trains):
@@ -739,6 +745,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("only cuda, mps and cpu will do")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         sees = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
@@ -748,11 +756,11 @@ def pick_device(name):
 
 
 def pick_autocast(device, name):
-    """(dtype, the autocast context in it), none for float32; float16 on a CPU becomes float32, with a line."""
+    """The autocast context of a dtype, off for float32; float16 on a CPU becomes float32, with a line."""
     if device.type == "cpu" and name == "float16":
         print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
         name = "float32"
-    return getattr(torch, name), torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
+    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
 
 
 def memory_gb(device):
@@ -766,22 +774,20 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, total / 1e9
 
 
-def shrinking(device, micro_batch, work, *args):
-    """(work(*args, micro_batch), micro_batch), the latter halved as often as memory runs out. UserError at 1."""
+def halving_when_out_of_memory(state, device, work, *args):
+    """work(*args, state["micro_batch"]), which is halved as often as memory runs out; at 1 the error stands."""
     while True:
         try:
-            return work(*args, micro_batch), micro_batch
+            return work(*args, state["micro_batch"])
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or state["micro_batch"] == 1:
                 raise
         # past the except, whose traceback held the tensors
-        if micro_batch == 1:
-            raise Failure("out of memory with one window at a time: try --use_gradient_checkpointing, "
-                            "--use_8bit_adam, a smaller --max_seq_length or a smaller model")
-        micro_batch //= 2
-        tqdm.write(f"out of memory: {micro_batch} windows at a time from here on, the effective batch stays as it was")
+        state["micro_batch"] //= 2
+        tqdm.write(f"out of memory: {state['micro_batch']} windows at a time from here on, the effective batch stays")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def compile_layers(model):
@@ -826,7 +832,7 @@ def canvas(model, tokenizer, prompt, new_tokens, samples=1):
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id or 0]
     length = len(ids) + new_tokens
     if length > model.positions:
-        raise UserError(f"prompt: {length} tokens with the new ones, but the model has {model.positions} positions")
+        raise UserError(f"the prompt and what follows have {length} tokens, the model has {model.positions} positions")
     return torch.tensor([ids + [model.mask_id] * new_tokens] * samples, device=model.mask_embedding.device)
 
 
@@ -842,7 +848,7 @@ def checksums(folder):
 def save_folder(path, model, tokenizer, record, training=None):
     """Write a plain Hugging Face folder with what is ours beside it, completely or not at all.
 
-    training: the optimizer and scaler, for a checkpoint. UserError (1) if the disk refuses; earlier folders stay whole.
+    training: the optimizer and scaler, for a checkpoint. Failure if the disk refuses; earlier folders stay whole.
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -857,7 +863,7 @@ def save_folder(path, model, tokenizer, record, training=None):
         if training:
             torch.save(training, temporary / "training.pt")
         (temporary / "SHA256SUMS").write_text(checksums(temporary))
-        for p in (*temporary.iterdir(), temporary):
+        for p in (*temporary.iterdir(), temporary, path.parent):
             handle = os.open(p, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -876,17 +882,6 @@ def checkpoints(out):
     return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
-def checkpoint_to_resume(out, named):
-    """The named checkpoint, else the newest whole one of out, damaged ones passed over with a line; None if none is."""
-    for path in [Path(named)] if named else checkpoints(out):
-        sums = path / "SHA256SUMS"
-        if sums.is_file() and sums.read_text() == checksums(path):
-            return path
-        if named:
-            raise UserError(f"checkpoint: '{named}' is {'damaged' if path.exists() else 'not there'}")
-        print(f"{path} is damaged, passed over")
-
-
 def start_wandb(run_id, settings):
     """A run of Weights & Biases, continued if it has an id; None, with a line, if the service cannot be reached."""
     try:
@@ -902,15 +897,16 @@ def start_wandb(run_id, settings):
 def describe(model, moved, windows, held, meta, stages, per_step):
     """Print what is about to run, so that nothing derived stays hidden."""
     c, size = model.lm.config.get_text_config(), sum(p.numel() for p in model.parameters())
-    print(f"model: {c.model_type}, {c.num_hidden_layers} layers, hidden size {c.hidden_size}, {c.num_attention_heads} "
-          f"heads, {size:,} parameters, attention {c._attn_implementation}")
+    layers, width, heads = (getattr(c, k, "?") for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    print(f"model: {c.model_type}, {layers} layers, hidden size {width}, {heads} heads, {size:,} parameters, attention "
+          f"{c._attn_implementation}")
     print(f"probe: the last token moves position 0 by {moved[0]:.0e} when causal, {moved[1]:.0e} when bidirectional")
     print(f"data: {len(windows):,} training windows of {windows.shape[1]} tokens, {len(held):,} held out; "
           f"{meta['near_duplicates_left_out']} near-duplicates left out, "
           f"{meta['held_out_share_in_training']:.1%} of the held-out text also stands in training")
     print(f"step: {per_step} windows, {per_step * windows.shape[1]:,} tokens\n")
     print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}{'tokens':>15}  loss")
-    for s in stages:
+    for s in (s for s in stages if s["steps"]):
         n = sum(p.numel() for p in freeze(model, s["trains"]))
         loss = " + ".join(f"{s[k]:g} {k}" for k in ("diffusion", "lm") if s[k])
         print(f"{s['name']:24}{n:15,}{size - n:15,}{s['lr_scale'] * learning_rate:9.1e}{s['warmup']:9,}{s['steps']:9,}"
@@ -918,53 +914,56 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print()
 
 
-def set_up_machine():
-    """(device, dtype of autocast, the autocast context, memory limit in GB), as set; what was chosen is printed."""
-    place = pick_device(device)
-    precision, amp = pick_autocast(place, dtype)
-    total = memory_gb(place)[1]
-    if place.type == "cuda" and max_memory_gb:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / total), place)
-    limit = max_memory_gb or total - 3
-    print(f"device: {place}, {precision}, {limit:.1f} GB")
-    return place, precision, amp, limit
-
-
 def find_run(out, settings):
     """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
-             "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
-    if not (resume or checkpoint):
-        if not dry_run and (checkpoints(out) or (out / "final").exists()):
-            raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
-        return state, None
-    source = checkpoint_to_resume(out, checkpoint)
-    if not source:
-        print(f"resume: no checkpoint in {out}, so from the start")
+             "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
+    here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
+    if not (resume or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
+        raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
+    for source in [Path(checkpoint)] if checkpoint else checkpoints(out) if resume else []:
+        sums = source / "SHA256SUMS"
+        if sums.is_file() and (source / "training.pt").is_file() and sums.read_text() == checksums(source):
+            break
+        if checkpoint:
+            why = "no whole checkpoint" if source.exists() else "not there"
+            raise UserError(f"checkpoint: '{checkpoint}' is {why}")
+        print(f"{source} is damaged: the one before it is used" + ", it is kept as damaged_..." * (not dry_run))
+        if not dry_run:  # or it would count as the newest of those to keep
+            source.rename(out / f"damaged_{source.name}_{time.time_ns()}")
+    else:
+        if resume:
+            print(f"resume: no checkpoint in {out}, so from the start")
         return state, None
     record = read_record(source)
-    if checkpoint and any(int(p.name[11:]) > record["state"]["total"] for p in checkpoints(out)):
+    if here and any(int(p.name[11:]) > record["state"]["total"] for p in checkpoints(out)):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... starts beside it from this one")
     no_matter = {"resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "num_proc", "save_steps", "eval_steps",
                  "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb"}
     changed = [f"{k} {record['settings'].get(k)!r} -> {v!r}" for k, v in settings.items()
                if k not in no_matter and record["settings"].get(k) != v]
     print(f"resume: {source}" + f"; no longer the run it was: {', '.join(changed)}" * bool(changed))
-    return state | record["state"], source
+    state |= record["state"]
+    return state | {"micro_batch": min(batch_size, state["micro_batch"])}, source
 
 
 def main(argv):
-    global max_steps
     files = configure(globals(), argv, allowed)
     settings = {k: globals()[k] for k in names_of(globals())}
-    out = Path(out_dir or f"outputs/{Path(files[0] if files else model_name).stem}_diffusion")
-    if debug:
-        max_steps = min(max_steps or 20, 20)
-        torch.autograd.set_detect_anomaly(True)
+    out = Path(out_dir or f"outputs/{Path(files[0]).stem if files else Path(model_name).name}_diffusion")
     if resume and not checkpoint and (out / "final").exists():
         print(f"this run is finished: {out}/final")
         return
-    place, precision, amp, memory_limit = set_up_machine()
+    torch.autograd.set_detect_anomaly(debug)
+
+    # -- the machine
+    place = pick_device(device)
+    amp = pick_autocast(place, dtype)
+    device_gb = memory_gb(place)[1]
+    memory_limit = max_memory_gb or max(device_gb - 3, device_gb / 2)
+    if place.type == "cuda" and max_memory_gb:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / device_gb), place)
+    print(f"device: {place}, {amp.fast_dtype}, {memory_limit:.1f} GB")
     state, source = find_run(out, settings)  # state is all that a resume needs beside weights and optimizer
 
     # -- model, data, stages
@@ -982,8 +981,8 @@ def main(argv):
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
     held_bytes = sum(len(tokenizer.decode(w[int(logit_shift):], skip_special_tokens=True).encode()) for w in held)
-    per_step, micro_batch = batch_size * gradient_accumulation_steps, batch_size
-    stages = make_stages(len(windows), per_step)
+    per_step = batch_size * gradient_accumulation_steps
+    stages = make_stages(len(windows), per_step, min(max_steps or 20, 20) if debug else max_steps)
     total_steps = sum(s["steps"] for s in stages)
     pretraining_steps = sum(s["steps"] for s in stages if not s["diffusion"])
     describe(model, moved, windows, held, meta, stages, per_step)
@@ -1007,6 +1006,8 @@ def main(argv):
         state["wandb_id"] = wandb_run.id
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
+        for left_over in out.glob(".*.tmp"):  # of a save that was killed
+            shutil.rmtree(left_over)
         log_file = open(out / "training_logs.jsonl", "a" if source else "w")
         log_file.truncate(min(state["log_bytes"], log_file.tell()))  # what came after the checkpoint comes again
     bar = tqdm(total=total_steps, initial=state["total"], unit="step", disable=True if dry_run else None)
@@ -1059,13 +1060,21 @@ def main(argv):
         signal.signal(number, on_signal)
 
     # -- the loop
-    training = torch.load(source / "training.pt", weights_only=True, map_location="cpu") if source else None
-    seconds, warned = [], False
+    training, seconds, warned = None, [], False
+    if source and not dry_run:
+        training = torch.load(source / "training.pt", weights_only=True, map_location="cpu")
+        if any(read_record(source)["settings"][k] != settings[k] for k in ("use_8bit_adam", "dtype")):
+            print("resume: the optimizer starts anew, as use_8bit_adam or dtype is another")
+            training = None
+    if dry_run:
+        state |= {"stage": 0, "step": 0}  # times each stage from its start
     for number in range(state["stage"], len(stages)):
         stage = stages[number]
+        if not stage["steps"]:
+            continue
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
-        scaler = torch.amp.GradScaler(place.type, enabled=precision == torch.float16)
+        scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")
         if training:
             optimizer.load_state_dict(training["optimizer"])
             scaler.load_state_dict(training["scaler"])
@@ -1073,7 +1082,7 @@ def main(argv):
         steps = min(3, stage["steps"]) if dry_run else stage["steps"]
         while state["step"] < steps:
             if not dry_run and (state["step"] == 0 or state["total"] % eval_steps == 0):
-                _, micro_batch = shrinking(place, micro_batch, evaluation)
+                halving_when_out_of_memory(state, place, evaluation)
 
             # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ------
             start, where = time.perf_counter(), (seed, number, state["step"])
@@ -1082,11 +1091,11 @@ def main(argv):
             rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * stage["lr_scale"] * rate
-            loss, micro_batch = shrinking(place, micro_batch, gradients, model, ids, t, noise, stage, scaler, amp,
-                                          derived_seed("dropout", *where))
+            loss = halving_when_out_of_memory(state, place, backpropagate, model, ids, t, noise, stage, scaler, amp,
+                                              derived_seed("dropout", *where))
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the step's one wait for the device
+            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the device
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite or scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
                 scaler.step(optimizer)
@@ -1104,7 +1113,7 @@ def main(argv):
                 tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {grad_norm}")
                 if debug or state["skipped_in_a_row"] == 10:
                     raise Failure(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
-                                    "learning_rate, or dtype bfloat16 or float32")
+                                  "learning_rate, or dtype bfloat16 or float32")
             memory = memory_gb(place)[0]
             if memory > 0.9 * memory_limit and not warned:
                 warned = True
@@ -1126,7 +1135,7 @@ def main(argv):
                 bar.close()
                 print(f"stopped by {signal.Signals(signals[0]).name}; --resume goes on from here")
                 sys.exit(128 + signals[0])
-        if dry_run and steps:
+        if dry_run:
             print(f"stage {stage['name']}: {statistics.median(seconds):.2f} s a step, "
                   f"{statistics.median(seconds) * stage['steps'] / 3600:.2f} hours")
             seconds = []
@@ -1136,7 +1145,7 @@ def main(argv):
         print(f"memory: {memory_gb(place)[0]:.1f} GB at its peak on {place}, of {memory_limit:.1f}; on the host "
               f"{memory_gb(torch.device('cpu'))[0]:.1f} GB; disk: {disk / 1e9:.1f} GB")
         return
-    shrinking(place, micro_batch, evaluation)
+    halving_when_out_of_memory(state, place, evaluation)
     save("final")
     print(f"done: {out}/final; write with it: python sample.py --out_dir={out}")
 

@@ -75,7 +75,7 @@ def main(argv):
         print(f"\x1b[H\x1b[J{shown(tokenizer, ids[0].tolist(), model.mask_id)}", flush=True)
 
     began = time.perf_counter()
-    with pick_autocast(place, dtype)[1]:
+    with pick_autocast(place, dtype):
         ids, forwards = unmask(model, ids, steps, temperature, torch.Generator(place).manual_seed(seed), watch and show)
     rows = ids.tolist()  # waits for the device
     seconds = time.perf_counter() - began

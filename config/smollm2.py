@@ -1,5 +1,5 @@
 # SmolLM2-135M-Instruct (a Llama) into a diffusion LM, 24 steps: enough on a CPU to see eval_nelbo fall.
-# python convert.py config/smollm2.py      about 8 minutes on 2 CPU cores, 3 GB of memory, 4 GB of disk
+# python convert.py config/smollm2.py      about 6 minutes on 2 CPU cores, 3 GB of memory, 6 GB of disk
 # On a GPU: python convert.py config/smollm2.py --dataset_name=Salesforce/wikitext --max_steps=4000 --max_seq_length=512
 #           --gradient_accumulation_steps=16 --learning_rate=2e-4 --dtype=bfloat16 --compile_model --eval_steps=500
 import importlib.util
