@@ -661,7 +661,7 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
 
 
 def token_windows(tokenizer, corpus, cache, threads, settings):
-    """Training and held-out windows (n, T), memory-mapped, and meta.json; tokenised if not cached."""
+    """Memory-mapped windows (n, T), for training and held out, and meta.json; tokenised if not cached."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     key = hashlib.sha256(json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings]).encode()).hexdigest()[:16]
     folder = Path(cache) / f"tokens-{key}"

@@ -803,7 +803,7 @@ def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, monkeypatc
     assert convert_main(*TINY, NO_DROPOUT, "--max_steps=8")[0] == 0
     once = len(calls)
     code, out, err = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", *flags)
-    assert (len(calls) > 2 * once) == (flags == ["--use_gradient_checkpointing"]), "layers run again for the backward pass"
+    assert (len(calls) > 2 * once) == (flags == ["--use_gradient_checkpointing"]), "layers run again"
     assert code == 0 and ("float16 on a CPU becomes float32" in err) == (flags == ["--dtype=float16"])
     assert "goes on without" not in out
     for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
