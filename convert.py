@@ -183,21 +183,27 @@ def layout(ids, t, noise, model, diffusion_weight, lm_weight, total):
     return runs
 
 
-def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
-    """The loss of an optimizer step, a scalar on the device, its gradients in place, micro-batch by micro-batch."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(dropout_seed)
-    loss = torch.zeros((), device=model.mask_embedding.device)
+def losses(model, ids, t, noise, diffusion_weight, lm_weight, amp, micro_batch):
+    """Run what layout() lays out, micro-batch by micro-batch; yields each loss, to be used before the next run."""
     for i in range(0, len(ids), micro_batch):
         part = slice(i, i + micro_batch)
-        runs = layout(ids[part], t[part], noise[part], model, stage["diffusion"], stage["lm"], len(ids))
-        for causal, inputs, times, where in runs:  # each is backpropagated before the switch turns: see set_causal
+        runs = layout(ids[part], t[part], noise[part], model, diffusion_weight, lm_weight, len(ids))
+        for causal, inputs, times, where in runs:
             model.set_causal(causal)
             with amp:
-                run_loss = model.loss(inputs, times, *where)
-            scaler.scale(run_loss).backward()
-            loss += run_loss.detach()
-    return loss
+                loss = model.loss(inputs, times, *where)
+            yield loss
+
+
+def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
+    """The loss of an optimizer step, a scalar on the device, its gradients in place."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(dropout_seed)
+    total = torch.zeros((), device=model.mask_embedding.device)
+    for loss in losses(model, ids, t, noise, stage["diffusion"], stage["lm"], amp, micro_batch):
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 @torch.no_grad()
@@ -542,6 +548,7 @@ def read_corpus(name, config, column, cache):
 
 
 def document(rows, lines, i):
+    """The i-th document, of `lines` rows."""
     return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
 
 
@@ -556,7 +563,7 @@ def shingles(text, length=64):
 
 
 def fast_encoder(tokenizer, sample, threads):
-    """encode(texts) -> lists of ids: tiktoken where it holds the tokenizer and agrees with it, else the tokenizer."""
+    """encode(texts) -> lists of ids: tiktoken where it gives the same ids on the sample, else the tokenizer itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
 
@@ -566,16 +573,8 @@ def fast_encoder(tokenizer, sample, threads):
         return own
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe, before = backend["model"], backend["pre_tokenizer"] or {}
-    *split, last = before.get("pretokenizers", [before])
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by
-    if split and split[0].get("individual_digits"):
-        pattern = r"\p{N}|" + pattern.replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
-    elif split:
-        pattern = split[0].get("pattern", {}).get("Regex")
-    elif not last.get("use_regex"):
-        pattern = r"[\s\S]+"
-    if (bpe["type"] != "BPE" or bpe["byte_fallback"] or bpe["dropout"] or backend["normalizer"] or not pattern
-            or last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(split) > 1):
+    steps = before.get("pretokenizers", [before])
+    if bpe["type"] != "BPE" or bpe["byte_fallback"] or backend["normalizer"] or steps[-1].get("type") != "ByteLevel":
         return own
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -585,14 +584,20 @@ def fast_encoder(tokenizer, sample, threads):
     for rank, token in enumerate(tokens):  # tiktoken merges in this order, and its ids are ranks
         ranks.setdefault(bytes(byte_of[c] for c in token), rank)
     id_of = np.array([bpe["vocab"][token] for token in tokens])
-    encoding = tiktoken.Encoding("converted", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     added = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
 
     def fast(texts):
         ids = [id_of[x] for x in encoding.encode_ordinary_batch(texts, num_threads=threads)]
         return [own([text])[0] if added.search(text) else x for text, x in zip(texts, ids, strict=True)]
-    if all(np.array_equal(a, b) for a, b in zip(fast(sample), own(sample), strict=True)):
-        return fast
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    digit_by_digit = r"\p{N}|" + gpt2.replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
+    tells_apart = "x  12 3\t\n\n  34.5 \u00e9t\u00e9 \u65e5\u672c \U0001f642's I'LL don't\r\n  (a)  _b  "
+    sample = [*sample, tells_apart]
+    for pattern in (*(step.get("pattern", {}).get("Regex") for step in steps), gpt2, digit_by_digit, r"[\s\S]+"):
+        if pattern:
+            encoding = tiktoken.Encoding("converted", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            if all(np.array_equal(a, b) for a, b in zip(fast(sample), own(sample), strict=True)):
+                return fast
     print("tokenizer: tiktoken would give other ids, so the tokenizer itself is used, which is slower")
     return own
 
@@ -608,51 +613,53 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
     encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
     meta = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32", "near_duplicates_left_out": 0}
-    held_out, known, seen = set(), [], []
+    held_out, held_shingles = set(), []
 
     def held_texts():
-        characters = 0
-        order = range(math.ceil(len(source) / lines))
+        characters, order = 0, range(math.ceil(len(source) / lines))
         for i in order if held_rows else np.random.default_rng(split_seed).permutation(order).tolist():
             if not held_rows and len(held_out) >= max(1, count // 20) and characters > 8 * length:
                 return
             text = document(source, lines, i)
             held_out.add(i)
-            known.append(shingles(text))
+            held_shingles.append(shingles(text))
             characters += len(text)
-            if text:
-                yield text
+            yield text
 
-    def train_texts():
-        known[:] = [np.unique(np.concatenate(known))]
-        seen[:] = [np.zeros(len(known[0]), bool)]
+    def train_texts(known, seen):
         for i in range(count):
             its = shingles(text := document(rows, lines, i))
-            at = np.searchsorted(known[0], its)
-            at = at[known[0].take(at, mode="clip") == its]
-            if len(at) > 0.1 * len(its) or len(at) > 0.01 * len(known[0]):
+            at = np.searchsorted(known, its)
+            at = at[known.take(at, mode="clip") == its]
+            if len(at) > 0.1 * len(its) or len(at) > 0.01 * len(known):  # what is held out itself, too
                 meta["near_duplicates_left_out"] += held_rows is not None or i not in held_out
-            elif text:
-                seen[0][at] = True
+            else:
+                seen[at] = True
                 yield text
 
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+
+    def write(name, texts, limit):
+        left, texts = limit * length, filter(None, texts)
+        with open(temporary / f"{name}.bin", "wb") as file, \
+                tqdm(total=left, desc=f"tokenise {name}", unit_scale=True, disable=None, leave=False) as bar:
+            while left and (batch := list(itertools.islice(texts, 64))):
+                ids = np.concatenate([part for x in encode(batch) for part in (x, end)]).astype(meta["dtype"])[:left]
+                ids.tofile(file)
+                left -= len(ids)
+                bar.update(len(ids))
+        meta[name] = limit - math.ceil(left / length)
+        if not meta[name]:
+            raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, one window has "
+                            f"{length} (max_seq_length)")
+
     temporary.mkdir(parents=True)
     try:
-        for name, texts, limit in (("held", held_texts(), held_windows), ("train", train_texts(), max_windows)):
-            left = limit * length
-            with open(temporary / f"{name}.bin", "wb") as file, \
-                    tqdm(total=left, desc=f"tokenise {name}", unit_scale=True, disable=None, leave=False) as bar:
-                while left and (batch := list(itertools.islice(texts, 64))):
-                    ids = np.concatenate([[*x, *end] for x in encode(batch)]).astype(meta["dtype"])[:left]
-                    ids.tofile(file)
-                    left -= len(ids)
-                    bar.update(len(ids))
-            meta[name] = limit - math.ceil(left / length)
-            if not meta[name]:
-                raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, one window has "
-                                f"{length} (max_seq_length)")
-        meta["held_out_share_in_training"] = float(seen[0].mean())
+        write("held", held_texts(), held_windows)
+        known = np.unique(np.concatenate(held_shingles))
+        seen = np.zeros(len(known), bool)  # which of them also stand in training
+        write("train", train_texts(known, seen), max_windows)
+        meta["held_out_share_in_training"] = float(seen.mean())
         (temporary / "meta.json").write_text(json.dumps(meta))
         if not folder.exists():  # by another run that started together with this one
             os.replace(temporary, folder)
@@ -663,8 +670,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
 def token_windows(tokenizer, corpus, cache, threads, settings):
     """Memory-mapped windows (n, T), for training and held out, and meta.json; tokenised if not cached."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    key = hashlib.sha256(json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings]).encode()).hexdigest()[:16]
-    folder = Path(cache) / f"tokens-{key}"
+    key = json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings])
+    folder = Path(cache) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **settings, threads=threads)
     meta, length = json.loads((folder / "meta.json").read_text()), settings["length"]
@@ -808,20 +815,12 @@ def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
     """On windows (n, T) with fixed noise: eval_nelbo (nats a token), eval_ppl_bound, eval_bpb; causal: ar_ppl."""
     ids = torch.from_numpy(windows.astype(np.int64))
     t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed)
-    sums = []
     model.eval()
-    for weights in ((1, 0), (0, 1)):  # diffusion, causal
-        sums.append(0.0)
-        for i in range(0, len(ids), micro_batch):
-            part = slice(i, i + micro_batch)
-            for causal, inputs, times, where in layout(ids[part], t[part], noise[part], model, *weights, len(ids)):
-                model.set_causal(causal)
-                with amp:
-                    sums[-1] += model.loss(inputs, times, *where).item()
+    nelbo, causal = (sum(losses(model, ids, t, noise, *which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
     model.train()
-    bits = sums[0] * len(ids) * (ids.shape[1] - model.logit_shift) / math.log(2)
-    return {"eval_nelbo": sums[0], "eval_ppl_bound": math.exp(min(sums[0], 700)), "eval_bpb": bits / text_bytes,
-            "ar_ppl": math.exp(min(sums[1], 700))}
+    bits = nelbo * len(ids) * (ids.shape[1] - model.logit_shift) / math.log(2)
+    return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / text_bytes,
+            "ar_ppl": math.exp(min(causal, 700))}
 
 
 def canvas(model, tokenizer, prompt, new_tokens, samples=1):
