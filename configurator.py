@@ -21,6 +21,7 @@ def names_of(settings):
 
 
 def nearest(word, words):
+    """What to add to a message when a word is close to one of words."""
     return "".join(f"; the nearest is '{w}'" for w in difflib.get_close_matches(word, words, 1, 0.5))
 
 
@@ -65,10 +66,8 @@ def from_file(path, settings):
 
 
 def configure(settings, argv, allowed):
-    """Override settings (a module's globals()) by files and flags, left to right; returns the paths of the files.
-
-    allowed: {name: a set of values, or (lowest, highest)}; a number without an entry must not be negative.
-    """
+    """Override settings (a module's globals()) by files and flags, left to right; returns the files.
+    allowed: {name: a set of values, or (lowest, highest)}; a number without an entry must not be negative."""
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:
         name, given, text = arg[2:].partition("=")

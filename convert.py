@@ -562,6 +562,13 @@ def shingles(text, length=64):
     return np.unique(h ^ h >> np.uint64(32))
 
 
+def overlap(text, known):
+    """(indices of the sorted shingles `known` that text has too, how many text has)."""
+    its = shingles(text)
+    at = np.searchsorted(known, its)
+    return at[known.take(at, mode="clip") == its], len(its)
+
+
 def fast_encoder(tokenizer, sample, threads):
     """encode(texts) -> lists of ids: tiktoken where it gives the same ids on the sample, else the tokenizer itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -613,25 +620,23 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
     encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
     meta = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32", "near_duplicates_left_out": 0}
-    held_out, held_shingles = set(), []
+    held_out, held_shingles = {}, []  # characters of each document that is held out
 
     def held_texts():
-        characters, order = 0, range(math.ceil(len(source) / lines))
+        order = range(math.ceil(len(source) / lines))
         for i in order if held_rows else np.random.default_rng(split_seed).permutation(order).tolist():
-            if not held_rows and len(held_out) >= max(1, count // 20) and characters > 8 * length:
+            if not held_rows and len(held_out) >= max(1, count // 20) and sum(held_out.values()) > 8 * length:
                 return
             text = document(source, lines, i)
-            held_out.add(i)
+            held_out[i] = len(text)
             held_shingles.append(shingles(text))
-            characters += len(text)
             yield text
 
     def train_texts(known, seen):
         for i in range(count):
-            its = shingles(text := document(rows, lines, i))
-            at = np.searchsorted(known, its)
-            at = at[known.take(at, mode="clip") == its]
-            if len(at) > 0.1 * len(its) or len(at) > 0.01 * len(known):  # what is held out itself, too
+            text = document(rows, lines, i)
+            at, n = overlap(text, known)
+            if len(at) > 0.1 * n or len(at) > 0.01 * len(known):  # what is held out itself, too
                 meta["near_duplicates_left_out"] += held_rows is not None or i not in held_out
             else:
                 seen[at] = True
@@ -681,6 +686,7 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
 
 @functools.lru_cache(2)  # a batch may reach over the end of an epoch
 def epoch_order(n, order_seed):
+    """A seeded permutation of n windows."""
     return np.random.default_rng(order_seed).permutation(n)
 
 
@@ -728,6 +734,7 @@ def freeze(model, trains):
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer, learning rate, machine
 def make_optimizer(params, lr, betas, decay, use_8bit, device):
+    """AdamW (https://arxiv.org/abs/1711.05101), of 8-bit state (https://arxiv.org/abs/2110.02861) where asked for."""
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     if use_8bit and device.type != "mps":

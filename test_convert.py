@@ -404,6 +404,12 @@ def test_tokenizers_that_differ_in_their_end_of_text_share_no_cache(tmp_path):
     assert len({build(tmp_path, "pydoc", tokenizer, windows=9)[0].filename for tokenizer in (one, other)}) == 2
 
 
+def test_short_documents_are_held_out_by_a_twentieth(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": words(4, i)}) for i in range(1000)))
+    train, held, _ = build(tmp_path, tmp_path / "a.jsonl", held=1000)
+    assert 0.03 < len(held) / len(train) < 0.07
+
+
 def test_a_validation_split_is_what_is_held_out(tmp_path, monkeypatch):
     import datasets
 
