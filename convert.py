@@ -529,7 +529,7 @@ def read_corpus(name, config, column, cache):
         datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(**what)
-    except (*FOREIGN, datasets.exceptions.DatasetsError) as error:
+    except (*FOREIGN, StopIteration, datasets.exceptions.DatasetsError) as error:  # the former: an empty file
         raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
@@ -655,8 +655,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
                 bar.update(len(ids))
         meta[name] = limit - math.ceil(left / length)
         if not meta[name]:
-            raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, one window has "
-                            f"{length} (max_seq_length)")
+            raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, a window has "
+                            f"{length} (max_seq_length); {meta['near_duplicates_left_out']} near-duplicates were left out")
 
     temporary.mkdir(parents=True)
     try:
