@@ -656,7 +656,7 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
         meta[name] = limit - math.ceil(left / length)
         if not meta[name]:
             raise UserError(f"dataset_name: too little {name} text: {limit * length - left} tokens, a window has "
-                            f"{length} (max_seq_length); {meta['near_duplicates_left_out']} near-duplicates were left out")
+                            f"{length} (max_seq_length); near-duplicates left out: {meta['near_duplicates_left_out']}")
 
     temporary.mkdir(parents=True)
     try:
@@ -879,7 +879,7 @@ def save_folder(path, model, tokenizer, record, training=None):
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise Failure(f"cannot save {path}: {first_line(error)}; what was saved before is whole") from None
+        raise Failure(f"cannot save {path} (is the disk full?): {first_line(error)}; earlier ones are whole") from None
 
 
 def checkpoints(out):
