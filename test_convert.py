@@ -631,8 +631,11 @@ def test_a_run_killed_at_random_moments_logs_what_one_never_killed_logs(tmp_path
             process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file)
         size = log.stat().st_size if log.exists() else -1
         while process.poll() is None and (log.stat().st_size if log.exists() else -1) == size:
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.8))
+            time.sleep(0.002)
+        rows = len(log.read_text().splitlines()) + dice.randint(0, 12)  # by progress, so that no machine is too fast
+        while process.poll() is None and len(log.read_text().splitlines()) < rows:
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.05))
         process.send_signal(number)
         assert process.wait() == (143 if kill == 0 else -number), (tmp_path / "output").read_text()
         lengths.append(len(log.read_text().splitlines()))
