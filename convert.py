@@ -11,6 +11,7 @@ folder (the AR model, recovered) with diffusion.safetensors and diffusion.json b
 """
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -480,10 +481,11 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
                         f"{lm.get_input_embeddings().weight.shape[0]}: not the tokenizer of this model")
+    converted = not ours or (path / "diffusion.json").is_file() and not config_json
     if not ours:
         ours = read_record(path)["model"]
     model = DiffusionLM(lm, **ours)
-    if (path / "diffusion.safetensors").is_file() and not config_json:
+    if converted:
         try:
             wrong = model.load_state_dict(load_file(path / "diffusion.safetensors"), strict=False)
             if wrong.unexpected_keys or any(not k.startswith("lm.") for k in wrong.missing_keys):
@@ -543,7 +545,8 @@ def read_corpus(name, config, column, cache):
     if len(train) == 1:  # one file of text: its lines, of which some are held out
         train = re.findall(r"[^\n]{1,2000}\n*|\n+", head[0])
         return train, None, max(2, min(256, len(train) // 50)), key
-    one_text = sum(not text or text.endswith("\n") for text in head) > 0.98 * len(head) and what["path"] != "text"
+    line_like = sum(not text or text.find("\n") == len(text) - 1 for text in head)  # "" or one line with its end
+    one_text = line_like > 0.98 * len(head) and what["path"] != "text"
     return train, held, 256 if one_text else 1, key
 
 
@@ -845,10 +848,19 @@ def canvas(model, tokenizer, prompt, new_tokens, samples=1):
 def checksums(folder):
     """The lines of SHA256SUMS, as sha256sum writes and checks them."""
     lines = []
-    for path in sorted(p for p in folder.iterdir() if p.name != "SHA256SUMS"):
+    for path in sorted(p for p in folder.iterdir() if p.name != "SHA256SUMS" and p.is_file()):
         with open(path, "rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
     return "".join(lines)
+
+
+def is_whole(folder):
+    """Whether all that save_folder wrote into a checkpoint is there as it wrote it; other files don't matter."""
+    try:
+        wanted = (folder / "SHA256SUMS").read_text().splitlines()
+        return wanted[-1].endswith("  training.pt") and set(wanted) <= set(checksums(folder).splitlines())
+    except (OSError, ValueError, IndexError):  # gone, not text, empty
+        return False
 
 
 def save_folder(path, model, tokenizer, record, training=None):
@@ -877,7 +889,7 @@ def save_folder(path, model, tokenizer, record, training=None):
             os.replace(path, old)
         os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises no other type when the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise Failure(f"cannot save {path} (is the disk full?): {first_line(error)}; earlier ones are whole") from None
 
@@ -925,11 +937,10 @@ def find_run(out, settings):
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
              "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
     here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
-    if not (resume or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
+    if not (resume and not checkpoint or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
     for source in [Path(checkpoint)] if checkpoint else checkpoints(out) if resume else []:
-        sums = source / "SHA256SUMS"
-        if sums.is_file() and (source / "training.pt").is_file() and sums.read_text() == checksums(source):
+        if is_whole(source):
             break
         if checkpoint:
             why = "no whole checkpoint" if source.exists() else "not there"
@@ -1012,9 +1023,15 @@ def main(argv):
         state["wandb_id"] = wandb_run.id
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
-        for left_over in out.glob(".*.tmp"):  # of a save that was killed
+        log_file = open(out / "training_logs.jsonl", "a")
+        try:
+            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            raise UserError(f"out_dir: another run is writing to {out}; --out_dir=... starts beside it") from None
+        for left_over in (*out.glob(".checkpoint_*.tmp"), *out.glob(".final.tmp")):  # of a save that was killed
             shutil.rmtree(left_over)
-        log_file = open(out / "training_logs.jsonl", "a" if source else "w")
+        if not source and log_file.tell():
+            shutil.copy(log_file.name, f"{log_file.name}.{time.time_ns()}")  # of a run that has no checkpoint
         log_file.truncate(min(state["log_bytes"], log_file.tell()))  # what came after the checkpoint comes again
     bar = tqdm(total=total_steps, initial=state["total"], unit="step", disable=True if dry_run else None)
 
@@ -1076,7 +1093,8 @@ def main(argv):
         state |= {"stage": 0, "step": 0}  # times each stage from its start
     for number in range(state["stage"], len(stages)):
         stage = stages[number]
-        if not stage["steps"]:
+        if not stage["steps"]:  # its step and its optimizer, if it had begun before, are not the next stage's
+            state["step"], training = 0, None
             continue
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)

@@ -702,6 +702,43 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(conv
     assert convert_main(*TINY, "--out_dir=other")[0] == 0
     code, _, err = convert_main(*TINY, "--checkpoint=out/checkpoint_12", "--out_dir=other")
     assert code == 2 and "other holds a run" in err
+    code, _, err = convert_main(*TINY, "--checkpoint=out/checkpoint_12", "--out_dir=other", "--resume")
+    assert code == 2 and "other holds a run" in err
+
+
+def test_a_foreign_file_damages_nothing_and_a_log_is_never_emptied(convert_main):
+    assert convert_main(*TINY)[0] == 0
+    rows = rows_of("out")
+    convert.shutil.rmtree("out/final")
+    Path("out/.mine.tmp").mkdir()
+    for path in Path("out").glob("checkpoint_*"):
+        (path / ".DS_Store").touch()
+        (path / "folder").mkdir()
+    code, out, _ = convert_main(*TINY, "--resume")
+    assert code == 0 and "damaged" not in out and rows_of("out") == rows and Path("out/.mine.tmp").exists()
+    for path in (*Path("out").glob("checkpoint_*"), Path("out/final")):
+        convert.shutil.rmtree(path)
+    text = Path("out/training_logs.jsonl").read_text()
+    assert convert_main(*TINY)[0] == 0
+    assert [p.read_text() for p in Path("out").glob("training_logs.jsonl.*")] == [text]
+
+
+def test_a_stage_taken_away_leaves_the_next_one_whole(convert_main):
+    assert convert_main(*TINY, "--keep_checkpoints=9", "--save_steps=1")[0] == 0
+    convert.shutil.rmtree("out/final")
+    for n in (9, 10, 11, 12):
+        convert.shutil.rmtree(f"out/checkpoint_{n}")
+    code, _, err = convert_main(*TINY, "--resume", "--stage2_epochs=0", "--keep_checkpoints=9")
+    assert code == 0 and sum(r["stage"][0] == "3" for r in rows_of("out") if "loss" in r) == 5, err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(convert_main):
+    import fcntl
+    Path("out").mkdir()
+    with open("out/training_logs.jsonl", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, _, err = convert_main(*TINY)
+    assert code == 2 and "another run" in err and err.count("\n") == 1
 
 
 def test_pruning_keeps_whole_checkpoints_not_damaged_ones(convert_main):
