@@ -13,6 +13,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers is imported, which reads it once
 import numpy as np
@@ -36,6 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -387,7 +390,9 @@ def probe(model, max_seq_length):
     return moved[True], moved[False]
 
 
-FOREIGN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
+# what transformers, datasets and their kin raise for a file or a configuration that is broken
+FOREIGN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError,
+           AssertionError, EOFError, UnpicklingError, StrictDataclassError, SafetensorError)
 
 
 class Failure(UserError):
@@ -463,7 +468,8 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or source, **({} if tokenizer_name else where))
         what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
         if config_json:
-            config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | json.loads(config_json)
+            config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+            config |= json.loads(config_json)
             lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
@@ -522,7 +528,8 @@ def read_corpus(name, config, column, cache):
         found = {kinds.get(p.suffix) for p in files}
         if len(found) != 1 or None in found:
             raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all {' or '.join(kinds)}")
-        what = {"path": found.pop(), "data_files": [str(p) for p in files], "cache_dir": f"{cache}/datasets"}
+        names = [glob.escape(str(p)) for p in files]
+        what = {"path": found.pop(), "data_files": names, "cache_dir": f"{cache}/datasets"}
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
     import datasets  # slow to import, and pydoc does not need it
@@ -590,6 +597,8 @@ def fast_encoder(tokenizer, sample, threads):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     byte_of = {c: b for b, c in bytes_to_unicode().items()}
     tokens = [token for token in (*byte_of, *(a + b for a, b in bpe["merges"])) if token in bpe["vocab"]]
+    if not set(byte_of) <= set(tokens):  # tiktoken panics at a byte that it does not know
+        return own
     ranks = {}
     for rank, token in enumerate(tokens):  # tiktoken merges in this order, and its ids are ranks
         ranks.setdefault(bytes(byte_of[c] for c in token), rank)

@@ -355,10 +355,10 @@ def test_the_built_in_corpus_is_split_clean(tmp_path):
 
 def test_lines_of_one_text_are_not_documents(tmp_path):
     text = "".join(words(12, i) + "\n" * (1 + i % 3) for i in range(400))
-    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "book [v2].txt").write_text(text)
     rows = [{"text": line} for line in text.splitlines(keepends=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("book.txt", "rows.jsonl"):
+    for name in ("book [v2].txt", "rows.jsonl"):
         train, held, _ = build(tmp_path, tmp_path / name)
         assert 256 not in train and 256 not in held and train.size + held.size > 0.5 * len(text)
     (tmp_path / "folder").mkdir()
@@ -550,6 +550,8 @@ WRONG_INPUTS = {
                               lambda p: spoil(p / "p", lambda m: truncate(m / "diffusion.safetensors"))),
     "another architecture": ([f"--model_config={SMALL.replace('gpt2', 'nonesuch')}"], "nonesuch", None),
     "not JSON": (["--model_config={"], "model_config", None),
+    "a text for a number": ([f"--model_config={SMALL.replace('64', chr(34) + '64' + chr(34))}"], "model_config", None),
+    "no heads": (["--model_config=" + SMALL.replace('d": 2', 'd": 0')], "model_config", None),
     "no checkpoint": (["--checkpoint=out/checkpoint_7"], "checkpoint_7", None),
     "nothing to train": ([f"--stage{i}_epochs=0" for i in range(4)], "nothing to train", None),
     "no positions": (["--max_seq_length=4096"], "positions", None),
