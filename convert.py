@@ -867,8 +867,9 @@ def is_whole(folder):
     """Whether all that save_folder wrote into a checkpoint is there as it wrote it; other files don't matter."""
     try:
         wanted = (folder / "SHA256SUMS").read_text().splitlines()
-        return wanted[-1].endswith("  training.pt") and set(wanted) <= set(checksums(folder).splitlines())
-    except (OSError, ValueError, IndexError):  # gone, not text, empty
+        resumable = any(line.endswith("  training.pt") for line in wanted)  # final/ is not
+        return resumable and set(wanted) <= set(checksums(folder).splitlines())
+    except (OSError, ValueError):  # gone, or not text
         return False
 
 

@@ -725,6 +725,15 @@ def test_a_foreign_file_damages_nothing_and_a_log_is_never_emptied(convert_main)
     assert [p.read_text() for p in Path("out").glob("training_logs.jsonl.*")] == [text]
 
 
+def test_a_checkpoint_is_whole_whatever_files_its_tokenizer_writes(tmp_path):
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "vocab.txt").write_text("a"))
+    convert.save_folder(tmp_path / "final", diffusion(random_lm("llama")), tokenizer, {})
+    convert.save_folder(tmp_path / "checkpoint_1", diffusion(random_lm("llama")), tokenizer, {}, {"a": 1})
+    assert convert.is_whole(tmp_path / "checkpoint_1") and not convert.is_whole(tmp_path / "final")
+    (tmp_path / "checkpoint_1/vocab.txt").write_text("b")
+    assert not convert.is_whole(tmp_path / "checkpoint_1")
+
+
 def test_a_stage_taken_away_leaves_the_next_one_whole(convert_main):
     assert convert_main(*TINY, "--keep_checkpoints=9", "--save_steps=1")[0] == 0
     convert.shutil.rmtree("out/final")
