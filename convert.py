@@ -528,8 +528,8 @@ def read_corpus(name, config, column, cache):
         found = {kinds.get(p.suffix) for p in files}
         if len(found) != 1 or None in found:
             raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all {' or '.join(kinds)}")
-        names = [glob.escape(str(p)) for p in files]
-        what = {"path": found.pop(), "data_files": names, "cache_dir": f"{cache}/datasets"}
+        what = {"path": found.pop(), "cache_dir": f"{cache}/datasets",
+                "data_files": [glob.escape(str(p)) for p in files]}
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
     import datasets  # slow to import, and pydoc does not need it
@@ -538,7 +538,7 @@ def read_corpus(name, config, column, cache):
         datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(**what)
-    except (*FOREIGN, StopIteration, datasets.exceptions.DatasetsError) as error:  # the former: an empty file
+    except (*FOREIGN, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
         raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
@@ -831,12 +831,10 @@ def compile_layers(model):
 # Evaluation, checkpoints, log
 @torch.no_grad()
 def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
-    """On windows (n, T) with fixed noise: eval_nelbo (nats a token), eval_ppl_bound, eval_bpb; causal: ar_ppl."""
+    """On windows (n, T) with fixed noise, the model in eval mode: eval_nelbo (nats a token), eval_bpb, ..., ar_ppl."""
     ids = torch.from_numpy(windows.astype(np.int64))
     t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed)
-    model.eval()
     nelbo, causal = (sum(losses(model, ids, t, noise, *which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
-    model.train()
     bits = nelbo * len(ids) * (ids.shape[1] - model.logit_shift) / math.log(2)
     return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / text_bytes,
             "ar_ppl": math.exp(min(causal, 700))}
@@ -1028,9 +1026,6 @@ def main(argv):
     model.train()
 
     # -- the log
-    wandb_run = start_wandb(state["wandb_id"], settings) if use_wandb and not dry_run else None
-    if wandb_run:
-        state["wandb_id"] = wandb_run.id
     if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
         log_file = open(out / "training_logs.jsonl", "a")
@@ -1043,6 +1038,9 @@ def main(argv):
         if not source and log_file.tell():
             shutil.copy(log_file.name, f"{log_file.name}.{time.time_ns()}")  # of a run that has no checkpoint
         log_file.truncate(min(state["log_bytes"], log_file.tell()))  # what came after the checkpoint comes again
+    wandb_run = start_wandb(state["wandb_id"], settings) if use_wandb and not dry_run else None
+    if wandb_run:
+        state["wandb_id"] = wandb_run.id
     bar = tqdm(total=total_steps, initial=state["total"], unit="step", disable=True if dry_run else None)
 
     def log(row):
@@ -1066,8 +1064,8 @@ def main(argv):
 
     def evaluation(micro_batch):
         with torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext():  # other shapes
-            row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
             model.eval()
+            row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
             with amp:
                 ids, _ = unmask(model, start_of_sample, 32)
             model.train()
