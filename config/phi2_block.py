@@ -1,0 +1,20 @@
+# Phi-2 (2.78 B) as a block-diffusion model that keeps its AR mode: blocks of 4, all weights train. Never run yet.
+# python convert.py config/phi2_block.py config/single_a6000.py      needs the hub once, and one card of 48 GB
+# By arithmetic, not measured: 28 GB of weights, gradients and 8-bit Adam; a step runs on twice its tokens.
+model_name = "microsoft/phi-2"
+
+block_size = 4
+full_mask_share = 0.5  # what drafts start from
+distill_weight = 1.0
+lm_loss_weight = 1.0
+lm_loss_stages = "123"  # costs only its rows of the head
+
+# 1 window x 32 = 32 windows x 512 tokens = 16,384 tokens a step
+max_seq_length = 512
+batch_size = 1
+gradient_accumulation_steps = 32
+learning_rate = 5e-5
+
+dtype = "bfloat16"  # Phi-2's attention overflows in float16
+use_8bit_adam = True
+use_gradient_checkpointing = True

@@ -1,0 +1,23 @@
+# Phi-2 with adapters that draft for it: the base stays as it is, in bfloat16, and so does its output. Never run yet.
+# python convert.py config/phi2_lora.py config/a4500.py      needs the hub once, and one card of 16 GB or more
+# By arithmetic, not measured: 5.6 GB of weights; adapters of rank 32 are 47 M parameters, 0.5 GB with their optimizer.
+model_name = "microsoft/phi-2"
+
+block_size = 4
+use_lora = True
+full_mask_share = 1.0  # drafts are all that it is for
+distill_weight = 1.0
+use_time_embedding = False  # drafts start fully masked: there is one time only
+on_policy_tokens = 2000000  # what will be drafted is the model's own text
+
+# 2 windows x 8 = 16 windows x 512 tokens = 8,192 tokens a step
+max_seq_length = 512
+batch_size = 2
+gradient_accumulation_steps = 8
+stage1_epochs = 0.0
+stage2_epochs = 4.0
+stage3_epochs = 0.0
+learning_rate = 5e-4
+
+dtype = "bfloat16"  # Phi-2's attention overflows in float16
+use_gradient_checkpointing = True
