@@ -815,6 +815,7 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses kernels not used here
     warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # older versions know no other
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".gguf" or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
@@ -1219,7 +1220,6 @@ def make_optimizer(params, lr, betas, decay, use_8bit, device):
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     if use_8bit and device.type != "mps":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels not used here
         import bitsandbytes  # slow to import
         return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
     if use_8bit:
