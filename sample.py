@@ -1,4 +1,4 @@
-"""Write with a converted model: by iterative unmasking, or faster than the AR model and with its very output.
+"""Write with a converted model: by iterative unmasking, or the AR model's very output in fewer forward passes.
 
   python sample.py                                             # the newest run under outputs/
   python sample.py --prompt="The capital of France" --steps=16 --watch

@@ -1,5 +1,5 @@
 # The model of tiny.py, AR pre-trained, then converted in blocks of 4 behind a clean causal context: the AR model stays,
-# and python sample.py --verify decodes faster than it with the same output. Downloads nothing.
+# and python sample.py --verify writes its very output in fewer passes. Downloads nothing.
 # python convert.py config/tiny_block.py      about 7 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
 model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
                   "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
