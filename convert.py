@@ -162,12 +162,13 @@ def derived_seed(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
-def draw_noise(n, length, num_timesteps, noise_seed, blocks=1, full_mask_share=0.0):
+def draw_noise(n, length, num_timesteps, noise_seed, block_size=0, full_mask_share=0.0):
     """t (n, blocks), one in each of n * blocks equal strata, shuffled; uniform noise (n, length) float64. On the CPU.
 
-    t is in 1..T, or T + 1 in the share of blocks that are fully masked, for a term of their own.
+    t is in 1..T, or T + 1 in the share of blocks that are fully masked, for a term of their own. block_size 0: one
+    block, the whole window.
     """
-    generator = torch.Generator().manual_seed(noise_seed)
+    generator, blocks = torch.Generator().manual_seed(noise_seed), length // (block_size or length)
     u = torch.randperm(n * blocks, generator=generator)
     u = ((u + torch.rand(len(u), generator=generator, dtype=torch.float64)) / len(u)).view(n, blocks)
     t = (1 + (u / max(1 - full_mask_share, 1e-9) * num_timesteps).long()).clamp(max=num_timesteps)
@@ -198,24 +199,25 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
     T, shift = ids.shape[1], model.logit_shift
     k = model.block_size or T
     scored = ids >= 0
-    ids = ids.where(scored, ~ids)
+    ids = torch.maximum(ids, ~ids)
     ahead = ids.roll(-1, 1)  # what the state at i predicts if logits are shifted: token i + 1
     predicted = scored & (torch.arange(T) > 0)  # by a causal model: nothing stands before the first token
     clean = lm * predicted / predicted.sum().clamp(min=1)  # (B, T), by token
+    causal = "causal", ids, torch.zeros_like(t), ahead, clean.roll(-1, 1), torch.zeros_like(clean)
     if not diffusion:
-        return [("causal", ids, torch.zeros_like(t), ahead, clean.roll(-1, 1), torch.zeros_like(clean))]
+        return [causal]
 
     # Which position reads which. A masked token i: its own, noisy position i, or with the shift i-1, noisy too. The
     # first token of a block with the shift: the clean i-1 whose prediction is the AR model's, always, and with weight
     # 1, which is what a masked token weighs on average. A causal loss: the clean i-1.
     full, times = t > model.num_timesteps, t.clamp(max=model.num_timesteps)
     starts = torch.arange(T) % k == 0
-    known = starts & (full.repeat_interleave(k, 1) if model.block_size else torch.zeros_like(scored))
+    known = starts & full.repeat_interleave(k, 1)
     maskable = predicted if shift else scored & ~known  # drafts without the shift start from a known token
     noisy, masked = mask_tokens(ids, times, noise, maskable, model.mask_id, model.num_timesteps, model.noise_schedule)
     share = diffusion / (predicted if shift else scored).sum().clamp(min=1)
     weight = torch.where(full, 1.0, elbo_weight(times, model.num_timesteps, model.noise_schedule))
-    weight = masked * share * weight.repeat_interleave(T // t.shape[1], 1)  # (B, T), by token
+    weight = masked * share * weight.repeat_interleave(k, 1)  # (B, T), by token
     if shift and model.block_size:
         weight, clean = weight.masked_fill(starts, 0), clean + share * (starts & predicted)
     teach = distill * weight * (torch.arange(T) > 0)
@@ -224,8 +226,8 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
     else:
         targets = ids
     if not model.block_size:
-        runs = [("bidirectional" if model.bidirectional else "causal", noisy, times, targets, weight, teach)]
-        return runs + layout(ids.where(scored, ~ids), t, noise, model, 0, lm) if lm else runs
+        noisy = "bidirectional" if model.bidirectional else "causal", noisy, times, targets, weight, teach
+        return [noisy, causal] if lm else [noisy]
     pairs = [(ids, noisy), (torch.zeros_like(t), times), (ahead, targets), (clean.roll(-1, 1), weight),
              (torch.zeros_like(teach), teach)]
     return [("blocks", *(torch.cat(pair, 1) for pair in pairs))]
@@ -284,6 +286,11 @@ def predictive(logits, temperature=0.0, top_k=0, top_p=1.0):
     return logits.softmax(-1)
 
 
+def draw(logits, sampling=None, generator=None):
+    """A token (N,) for each of logits (N, V); sampling: of predictive()."""
+    return torch.multinomial(predictive(logits.float(), **sampling or {}), 1, generator=generator)[:, 0]
+
+
 def best_first(keys, among, count):
     """bool (B, T): in each row the `count` (B,) entries with the highest keys of those `among`."""
     rank = keys.masked_fill(~among, -math.inf).argsort(1, descending=True).argsort(1)
@@ -308,9 +315,9 @@ def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", thre
         rows, places = masked.nonzero(as_tuple=True)  # (N,)
         left = masked.sum(1)
         logits = predict(ids, left, rows, places).float()  # (N, V)
-        tokens = torch.multinomial(predictive(logits, **sampling or {}), 1, generator=generator)  # (N, 1)
+        tokens = draw(logits, sampling, generator)  # (N,)
         probs = logits.softmax(-1)
-        sure = probs.gather(1, tokens)[:, 0]
+        sure = probs.gather(1, tokens[:, None])[:, 0]
         if order == "confidence":
             key = sure
         elif order == "entropy":
@@ -327,7 +334,7 @@ def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", thre
         take = best_first(keys, masked, torch.ones_like(left) if threshold else count)
         new = confidence.index_put((rows, places), sure)
         take |= masked & (new >= (threshold or math.inf))
-        ids = torch.where(take, ids.index_put((rows, places), tokens[:, 0]), ids)
+        ids = torch.where(take, ids.index_put((rows, places), tokens), ids)
         confidence = torch.where(take, new, confidence)
         if remask and forwards < limit:
             among = ~given & ~masked & (confidence < (threshold or math.inf))
@@ -383,8 +390,7 @@ def write_blocks(model, prompts, lengths, new_tokens, steps, end, watch, how):
     for start in range(P, P + blocks * k, k):
         block = torch.full((len(ids), k), model.mask_id, device=device)
         if model.logit_shift:
-            sampling, generator = how.get("sampling") or {}, how.get("generator")
-            block[:, 0] = torch.multinomial(predictive(ahead.float(), **sampling), 1, generator=generator)[:, 0]
+            block[:, 0] = draw(ahead, how.get("sampling"), how.get("generator"))
 
         def predict(block, left, rows, places, start=start):
             logits = run(block, start, 1, model.time_of(left / k), rows * k + places - int(model.logit_shift))
@@ -414,11 +420,17 @@ def sees(query, key, window):
     return see & (query[0] - key[0] < window) if window else see
 
 
+def clean_places(length):
+    """Places (3, 1, length) of clean tokens from position 0 on, for DiffusionLM.look()."""
+    i = torch.arange(length)
+    return torch.stack([i, 0 * i, i + 1])[:, None]
+
+
 def block_places(T, block_size):
     """Places (3, 1, 2T) of a clean copy and, at the same positions, a noisy one in blocks, for DiffusionLM.look()."""
     i = torch.arange(T)
-    clean, noisy = [i, 0 * i, i + 1], [i, 1 + i // block_size, i // block_size * block_size]
-    return torch.cat([torch.stack(clean), torch.stack(noisy)], 1)[:, None]
+    noisy = torch.stack([i, 1 + i // block_size, i // block_size * block_size])[:, None]
+    return torch.cat([clean_places(T), noisy], 2)
 
 
 def new_past():
@@ -428,6 +440,8 @@ def new_past():
 
 def forget(past, n):
     """Drop the last n tokens of a past."""
+    if not n:  # plain AR decoding, at every token
+        return
     past["places"] = past["places"][:, :, :past["places"].shape[2] - n]
     for layer in past["cache"].layers:  # DynamicCache.crop has changed its meaning between versions
         layer.keys, layer.values = (x[:, :, :x.shape[2] - n] for x in (layer.keys, layer.values))
@@ -458,12 +472,14 @@ class DiffusionLM(nn.Module):
             nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
             nn.init.zeros_(self.time_mlp[2].bias)
         self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self.window = next((w for _, name, w, _ in causal_switches(lm) if name == "sliding_window"), None)
+        self.switches = causal_switches(lm)
+        self.window = next((w for _, name, w, _ in self.switches if name == "sliding_window"), None)
+        rates = 1 - alpha(torch.arange(num_timesteps + 1), num_timesteps, noise_schedule)
+        self.register_buffer("rates", rates.float(), persistent=False)  # share of masks by time, for time_of()
         self.context_apart = False  # blocks: the clean copy in a run of its own, without gradient, as nothing trains it
         self.views, self.gate, self.adapters, self.lora_config = {}, None, [], None
         if lora:
             self.add_adapters(**lora)
-        self.switches = causal_switches(lm) + [(m, "_disable_adapters", True, False) for _, _, m in self.adapters]
 
     # -- the surgery
     def set_causal(self, causal):
@@ -505,13 +521,13 @@ class DiffusionLM(nn.Module):
             self.adapters += [(parent, child, m) for child, m in parent.named_children() if isinstance(m, LoraLayer)]
         for _, _, m in self.adapters:
             m.lora_B["default"].register_forward_hook(self.gated)
+            self.switches.append((m, "_disable_adapters", True, False))
         for p in self.adapter_state().values():
             p.data = p.data.float()  # whatever the base's type is
 
     def time_of(self, share):
         """The time t (B, 1) at which a share (B,) of the tokens is masked."""
-        rates = 1 - alpha(torch.arange(self.num_timesteps + 1), self.num_timesteps, self.noise_schedule)
-        return torch.searchsorted(rates.to(share), share[:, None]).clamp(1, self.num_timesteps)
+        return torch.searchsorted(self.rates, share[:, None]).clamp(1, self.num_timesteps)
 
     def gated(self, module, args, output):
         """The hook on each adapter: nothing comes out of it where the gate (B or 1, L, 1) is 0."""
@@ -521,6 +537,10 @@ class DiffusionLM(nn.Module):
         if output.dim() == 2:  # some layers flatten their tokens
             gate = gate.expand(len(output) // gate.shape[1], -1, -1).reshape(-1, 1)
         return output * gate
+
+    def own_state(self):
+        """The mask and the time embedding, by name: what trains beside the Hugging Face model."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("lm.")}
 
     def adapter_state(self):
         """The adapters' parameters, by the names that peft gives them in its files."""
@@ -684,6 +704,17 @@ def causal_switches(lm):
     return switches
 
 
+@contextlib.contextmanager
+def refused(why):
+    """What a foreign model raises in here, but for a lack of memory, becomes a UserError that starts with why."""
+    try:
+        yield
+    except FOREIGN as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{why}: {first_line(error)}") from None
+
+
 @torch.no_grad()
 def probe(model, max_seq_length):
     """Prove both modes on the model at hand: how far position 0 moves when the last token changes.
@@ -701,13 +732,9 @@ def probe(model, max_seq_length):
     for causal in (None, False, True):  # first as it comes: an encoder must not pass for being forced to be causal
         if causal is not None:
             model.set_causal(causal)
-        try:
+        with refused(f"architecture '{kind}' does not run from embeddings alone"):
             a, b = (model.hidden(x, None)[1][0] for x in (ids, other))
             model(torch.full_like(ids, model.mask_id), ids[:, :1], ids[0, :1] * 0)  # masks and the head run as well
-        except FOREIGN as error:
-            if out_of_memory(error):
-                raise
-            raise UserError(f"architecture '{kind}' does not run from embeddings alone: {first_line(error)}") from None
         moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
     if not max(moved[None], moved[True]) < 1e-4:
         raise UserError(f"architecture '{kind}' is not causal (position 0 sees the last token): no AR decoder")
@@ -731,18 +758,14 @@ def probe_blocks(model, ids, expected):
     ups = [m.lora_B["default"].weight for _, _, m in model.adapters]
     kept = [p.detach().clone() for p in ups]
     size, model.block_size = model.block_size, 1
-    for what, rows, change in (("block_size", slice(2 * T), 0.0), ("use_lora", slice(T), 1.0)):
+    checks = [("block_size", slice(2 * T), 0.0), ("use_lora", slice(T), 1.0)]
+    for what, rows, change in checks if model.adapters else checks[:1]:
         for p in ups:
             p.data.fill_(change)
-        try:
+        with refused(f"{what}: architecture '{kind}' does not take it"):
             states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0, rows]
-        except FOREIGN as error:
-            if out_of_memory(error):
-                raise
-            raise UserError(f"{what}: architecture '{kind}' does not take it: {first_line(error)}") from None
-        finally:
-            for p, old in zip(ups, kept, strict=True):
-                p.data.copy_(old)
+        for p, old in zip(ups, kept, strict=True):
+            p.data.copy_(old)
         off = ((states - expected.repeat(2, 1)[rows]).abs().max() / expected.abs().max()).item()
         if not off < 1e-4 + (expected.dtype == torch.bfloat16) * 0.05:
             raise UserError(f"{what}: architecture '{kind}' cannot keep its causal copy apart, it is off by {off:.0e}; "
@@ -869,9 +892,10 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     return model, tokenizer
 
 
-# what a folder holds beside a plain Hugging Face model: {file: model -> its tensors}
+# what a folder holds beside a plain Hugging Face model, {file: model -> its tensors}; the adapters not beside
+# config.json, where transformers would load them unasked
 OUR_FILES = {
-    "diffusion.safetensors": lambda model: {k: v for k, v in model.named_parameters() if not k.startswith("lm.")},
+    "diffusion.safetensors": DiffusionLM.own_state,
     "adapter/adapter_model.safetensors": DiffusionLM.adapter_state,
 }
 
@@ -887,16 +911,15 @@ def read_record(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: tokenised once, in windows that each epoch visits once. A batch is a function of (seed, stage, step).
 def read_corpus(name, config, column, cache):
-    """(train, held, lines, key) of a hub name, a local file or folder, or "pydoc".
+    """(train, held, lines, key, chat) of a hub name, a local file or folder, or "pydoc".
 
     train, held: sequences of texts, held None where there is no validation split. lines: how many of them make up one
-    document, joined without an end of text where the rows are lines of one text; 0: each is a conversation, as JSON.
-    key: changes when the source does.
-    Raises UserError for what is missing, empty or no text.
+    document, joined without an end of text where the rows are lines of one text. key: changes when the source does.
+    chat: each row is a conversation, as JSON. Raises UserError for what is missing, empty or no text.
     """
     if name == "pydoc":
         from pydoc_data.topics import topics  # 450 KB of English prose in the standard library, less its indentation
-        return [re.sub(" {2,}", " ", text) for text in topics.values()], None, 1, platform.python_version()
+        return [re.sub(" {2,}", " ", text) for text in topics.values()], None, 1, platform.python_version(), False
     path, what = Path(name).expanduser(), {"path": name, "name": config or None}
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.exists() or path.suffix in kinds or name[:1] in (".", "/", "~"):
@@ -919,8 +942,8 @@ def read_corpus(name, config, column, cache):
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     has = splits["train"].column_names if "train" in splits else []
     if column not in has and ("messages" in has or {"prompt", "response"} <= set(has)):
-        return *(conversations(splits[k]) for k in names), *[None] * (2 - len(names)), 0, ["chat", *(
-            splits[k]._fingerprint for k in names)]
+        train, *held = (conversations(splits[k]) for k in names)
+        return train, held[0] if held else None, 1, ["chat", *(splits[k]._fingerprint for k in names)], True
     for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
         if wanted not in has:
             raise UserError(f"text_column: '{name}' has no '{wanted}', it has {', '.join(has)}{nearest(wanted, has)}")
@@ -931,10 +954,10 @@ def read_corpus(name, config, column, cache):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
     if len(train) == 1:  # one file of text: its lines, of which some are held out
         train = re.findall(r"[^\n]{1,2000}\n*|\n+", head[0])
-        return train, None, max(2, min(256, len(train) // 50)), key
+        return train, None, max(2, min(256, len(train) // 50)), key, False
     line_like = sum(not text or text.find("\n") == len(text) - 1 for text in head)  # "" or one line with its end
     one_text = line_like > 0.98 * len(head) and what["path"] != "text"
-    return train, held, 256 if one_text else 1, key
+    return train, held, 256 if one_text else 1, key, False
 
 
 def conversations(table):
@@ -956,7 +979,7 @@ def chat_encoder(tokenizer, length):
             if message["role"] == "assistant":
                 before, after = (tokenizer.apply_chat_template(
                     messages[:n], add_generation_prompt=n == i, tokenize=True, return_dict=False) for n in (i, i + 1))
-                if after[:len(before)] != before or before[:len(ids)] != [x if x >= 0 else ~x for x in ids]:
+                if after[:len(before)] != before or before[:len(ids)] != [max(x, ~x) for x in ids]:
                     raise ValueError("its text changes as the conversation grows")
                 ids += [~x for x in before[len(ids):]] + after[len(before):]
         ids += [~(tokenizer.eos_token_id or 0)] * (-len(ids) % length)
@@ -974,7 +997,7 @@ def chat_encoder(tokenizer, length):
 
 def document(rows, lines, i):
     """The i-th document, of `lines` rows."""
-    return "".join(text or "" for text in rows[i * lines:(i + 1) * lines]) if lines else rows[i]
+    return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
 
 
 def shingles(text, length=64):
@@ -1042,18 +1065,18 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     Held out is the validation split, else a seeded 5 % of the documents. A document that shares a tenth of itself, or
     1 % of the held-out text, with what is held out is left out of training. UserError if there is too little text.
     """
-    rows, held_rows, lines, _ = corpus
-    source, count = held_rows or rows, math.ceil(len(rows) / max(lines, 1))
-    end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
+    rows, held_rows, lines, _, chat = corpus
+    source, count = held_rows or rows, math.ceil(len(rows) / lines)
     meta = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32", "near_duplicates_left_out": 0}
-    if lines:
-        encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
+    if chat:
+        encode, end, meta["dtype"] = chat_encoder(tokenizer, length), [], "int32"
     else:
-        encode, meta["dtype"] = chat_encoder(tokenizer, length), "int32"
+        encode = fast_encoder(tokenizer, [document(rows, lines, i)[:20000] for i in range(min(count, 20))], threads)
+        end = [tokenizer.eos_token_id] if lines == 1 and tokenizer.eos_token_id is not None else []
     held_out, held_shingles = {}, []  # characters of each document that is held out
 
     def held_texts():
-        order = range(math.ceil(len(source) / max(lines, 1)))
+        order = range(math.ceil(len(source) / lines))
         for i in order if held_rows else np.random.default_rng(split_seed).permutation(order).tolist():
             if not held_rows and len(held_out) >= max(1, count // 20) and sum(held_out.values()) > 8 * length:
                 return
@@ -1106,7 +1129,7 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
     """Memory-mapped windows (n, T), for training and held out, and meta.json; tokenised if not cached."""
     identity = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     key = json.dumps([1, identity, tokenizer.eos_token_id, corpus[3], settings]
-                     + [str(tokenizer.chat_template)] * (not corpus[2]))
+                     + [str(tokenizer.chat_template)] * corpus[4])
     folder = Path(cache) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **settings, threads=threads)
@@ -1122,18 +1145,20 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
     key = json.dumps([tokens, batch, eos, hashlib.sha256(windows).hexdigest(),
                       [p.float().sum().item() for p in model.lm.parameters()]])
     path = Path(cache) / f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    if path.exists():
+        return np.memmap(path, np.int32, "r").reshape(-1, T)
     unfinished = path.with_suffix(".part")
     model.eval().set_causal(True)
     with open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar:
         file.truncate(file.tell() // (4 * T * batch) * 4 * T * batch)  # whole batches
         done = np.fromfile(unfinished, np.int32).reshape(-1, T)
-        written, at = int((done >= 0).sum()), 0 if path.exists() else len(done)
+        written, at = int((done >= 0).sum()), len(done)
         bar.update(written)
-        while written < tokens and at < len(windows) and not path.exists():
+        while written < tokens and at < len(windows):
             rows = windows[at:at + batch].astype(np.int64)
             lengths = [int((r >= 0).argmax()) or max(1, T // 4) for r in rows]
             most = max(lengths)
-            ids = torch.tensor([[0] * (most - n) + [x if x >= 0 else ~x for x in r[:n].tolist()]
+            ids = torch.tensor([[0] * (most - n) + np.maximum(r, ~r)[:n].tolist()
                                 for r, n in zip(rows, lengths, strict=True)], device=device)
             seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
             with torch.no_grad():
@@ -1141,7 +1166,7 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
                                         eos_token_id=eos, pad_token_id=eos or 0)[:, most:].cpu().numpy()
             new = np.full((len(rows), T), ~(eos or 0), np.int32)
             for row, r, n, text in zip(new, rows, lengths, out, strict=True):
-                row[:n] = np.where(r[:n] >= 0, ~r[:n], r[:n])  # the prompt is context only
+                row[:n] = np.minimum(r, ~r)[:n]  # the prompt is context only
                 ends = np.flatnonzero(text == eos)
                 text = text[:min(T - n, ends[0] + 1 if len(ends) else T)]
                 row[n:n + len(text)] = text
@@ -1150,10 +1175,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
             at, more = at + len(rows), int((new >= 0).sum())
             written += more
             bar.update(more)
-    if not path.exists():
-        os.replace(unfinished, path)
-    unfinished.unlink(missing_ok=True)
-    if written < tokens and at >= len(windows):
+    os.replace(unfinished, path)
+    if written < tokens:
         print(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, dataset_name)")
     model.train()
     return np.memmap(path, np.int32, "r").reshape(-1, T)
@@ -1185,7 +1208,7 @@ def make_stages(n_windows, windows_per_step, max_steps):
     stages = [dict(zip(("name", "epochs", "lr_scale", "trains", "diffusion", "lm"), row, strict=True)) for row in table]
     for s in stages:
         s["lm"] *= s["name"][0] in "0" + lm_loss_stages and not use_lora  # it would train nothing
-        s["distill"], s["full_mask_share"] = distill_weight, full_mask_share
+        s["distill"] = distill_weight
     total, done = sum(s["epochs"] for s in stages), 0.0
     if not total:
         raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")
@@ -1206,7 +1229,7 @@ def freeze(model, trains):
     if not part:
         raise UserError(f"a stage would train nothing: '{model.lm.config.model_type}' has no module named ...Attention"
                         + " with adapters in it" * bool(model.adapters))
-    trained = part + [p for name, p in model.named_parameters() if not name.startswith("lm.")] * (trains != "AR model")
+    trained = part + list(model.own_state().values()) * (trains != "AR model")
     model.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
@@ -1302,8 +1325,7 @@ def compile_layers(model):
 def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
     """On windows (n, T) with fixed noise, the model in eval mode: eval_nelbo (nats a token), eval_bpb, ..., ar_ppl."""
     ids = torch.from_numpy(windows.astype(np.int64))
-    blocks = ids.shape[1] // (model.block_size or ids.shape[1])
-    t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed, blocks)
+    t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed, model.block_size)
     nelbo, causal = (sum(losses(model, ids, t, noise, which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
     bits = nelbo * (ids[:, int(model.logit_shift):] >= 0).sum().item() / math.log(2)
     return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / text_bytes,
@@ -1351,18 +1373,16 @@ def save_folder(path, model, tokenizer, record, training=None):
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        (temporary / "adapter").mkdir(parents=True)  # not beside config.json, where transformers would load it unasked
+        temporary.mkdir(parents=True)
         with model.as_it_came() as lm:
             lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for file, tensors in OUR_FILES.items():
-            if tensors(model):
-                save_file({k: v.detach().contiguous() for k, v in tensors(model).items()}, temporary / file,
-                          {"format": "pt"})
+            if state := tensors(model):
+                (temporary / file).parent.mkdir(exist_ok=True)
+                save_file({k: v.detach().contiguous() for k, v in state.items()}, temporary / file, {"format": "pt"})
         if model.adapters:
             model.lora_config.save_pretrained(temporary / "adapter")
-        else:
-            (temporary / "adapter").rmdir()
         (temporary / "diffusion.json").write_text(json.dumps(record, indent=1))
         if training:
             torch.save(training, temporary / "training.pt")
@@ -1458,10 +1478,10 @@ def main(argv):
         print(f"this run is finished: {out}/final")
         return
     torch.autograd.set_detect_anomaly(debug)
-    needs_blocks = [k for k in ("distill_weight", "full_mask_share") if globals()[k] and not block_size]
-    if needs_blocks or block_size and not use_bidirectional_attention:
-        raise UserError(f"{needs_blocks[0]}: needs a block_size" if needs_blocks else
-                        "block_size: needs use_bidirectional_attention")
+    if not block_size and (distill_weight or full_mask_share):
+        raise UserError(f"{'distill_weight' if distill_weight else 'full_mask_share'}: needs a block_size")
+    if block_size and not use_bidirectional_attention:
+        raise UserError("block_size: needs use_bidirectional_attention")
     if not set(lm_loss_stages) <= set("123"):
         raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
     if on_policy_tokens and stage0_epochs:
@@ -1501,8 +1521,8 @@ def main(argv):
     corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
-    held_bytes = sum(len(tokenizer.decode(w[int(logit_shift):][w[int(logit_shift):] >= 0], skip_special_tokens=True)
-                         .encode()) for w in held)
+    held_bytes = sum(len(tokenizer.decode(w[w >= 0], skip_special_tokens=True).encode())
+                     for w in held[:, int(logit_shift):])
     if on_policy_tokens:
         with amp:
             windows = on_policy_windows(model, tokenizer, windows, on_policy_tokens, cache_dir)
@@ -1628,7 +1648,7 @@ def main(argv):
             start, where = time.perf_counter(), (seed, number, state["step"])
             ids = get_batch(windows, per_step, *where)  # (N, T)
             t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where),  # (N, blocks), (N, T)
-                                  max_seq_length // (block_size or max_seq_length), full_mask_share)
+                                  block_size, full_mask_share)
             rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * stage["lr_scale"] * rate

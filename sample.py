@@ -8,6 +8,7 @@
   python sample.py --prompts=questions.txt --chat --json       # one prompt a line; - is standard input
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
 """
+import functools
 import re
 import sys
 import time
@@ -21,6 +22,8 @@ from convert import (
     FOREIGN,
     canvas,
     checkpoints,
+    clean_places,
+    draw,
     first_line,
     forget,
     load_model,
@@ -72,8 +75,9 @@ allowed = {"max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1,
 # ----------------------------------------------------------------------------------------------------------------------
 # Verified decoding: self-speculation in one forward pass (https://arxiv.org/abs/2211.17192 for the rule of acceptance,
 # TiDAR, https://arxiv.org/abs/2511.08923, for draft and check in one pass)
-def draft_layout(candidates, drafts, branches, shift):
-    """What one pass runs on, relative to its first candidate: (places (3, 1, L), inputs (L,), rows to read).
+@functools.lru_cache(64)  # a prompt has two of them, passed over and over
+def draft_layout(candidates, drafts, branches, shift, device):
+    """What one pass runs on, relative to its first candidate: (places (3, 1, L), inputs (L,), rows to read (N,)).
 
     First the candidates, clean, each checked by the state of the one before. Then, for each place where acceptance may
     stop, a noisy block of its own behind the last candidate accepted there, whose reads are the next drafts. inputs:
@@ -89,7 +93,7 @@ def draft_layout(candidates, drafts, branches, shift):
         rows += range(len(places) + len(block) - drafts, len(places) + len(block))
         places += [(position, j + 1, horizon) for _, position in block]
         inputs += [index for index, _ in block]
-    return torch.tensor(places).T[:, None], inputs, rows
+    return torch.tensor(places, device=device).T[:, None], inputs, torch.tensor(rows, device=device)
 
 
 def accept(p, q, drafted, generator=None):
@@ -111,34 +115,26 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, end=N
 
     Each pass yields one token at least. drafts = 0 is plain cached AR decoding.
     """
-    past, device, layouts = new_past(), model.mask_embedding.device, {}
-    past["places"] = torch.arange(len(prompt), device=device) * torch.tensor([[[1]], [[0]], [[1]]], device=device)
+    past, device = new_past(), model.mask_embedding.device
+    past["places"] = clean_places(len(prompt)).to(device)
+    moves = torch.tensor([[[1]], [[0]], [[1]]], device=device)  # positions and horizons do, groups don't
+    t = torch.tensor([[model.num_timesteps]], device=device)
     model.set_causal(True)
     ids = torch.tensor([prompt], device=device)
     logits = model(ids, None, torch.tensor([len(prompt) - 1], device=device), past=past)
-    token = int(torch.multinomial(predictive(logits.float(), **sampling), 1, generator=generator))
-    text, drafted, q, forwards, proposed, accepted = [token], [], None, 1, 0, 0
-    while len(text) < new_tokens and end not in text[-len(drafted) - 2:]:
+    text, drafted, q, forwards, proposed, accepted = draw(logits, sampling, generator).tolist(), [], None, 1, 0, 0
+    model.set_causal(not drafts)  # with drafts look() says who sees whom
+    while len(text) < new_tokens and end not in text:
         known = [text[-1], *drafted]
-        if drafts:
-            if len(known) not in layouts:
-                layouts[len(known)] = draft_layout(len(known), drafts, branches, model.logit_shift)
-            places, inputs, rows = layouts[len(known)]
-            offset = len(prompt) + len(text) - 1
-            places = places + torch.tensor([[[offset]], [[0]], [[offset]]])
-            ids = torch.tensor([[model.mask_id if i < 0 else known[i] for i in inputs]], device=device)
-            t = torch.tensor([[model.num_timesteps]], device=device)
-            model.set_causal(False)  # look() says who sees whom
-            logits = model(ids, t, torch.tensor(rows, device=device), **model.look(places.to(device), past))
-        else:
-            rows, inputs = [0], [0]
-            logits = model(torch.tensor([known], device=device), None, torch.tensor(rows, device=device), past=past)
+        places, inputs, rows = draft_layout(len(known), drafts, branches, model.logit_shift, device)
+        ids = torch.tensor([[model.mask_id if i < 0 else known[i] for i in inputs]], device=device)
+        view = model.look(places + (len(prompt) + len(text) - 1) * moves, past) if drafts else {"past": past}
+        logits = model(ids, t, rows, **view)
         forwards += 1
         p = predictive(logits.float(), **sampling)  # (rows, V)
         kept, token = accept(p[:len(known)], q, drafted, generator)
         proposed, accepted = proposed + len(drafted), accepted + kept
-        if drafts:
-            forget(past, len(inputs) - 1 - kept)
+        forget(past, len(inputs) - 1 - kept)
         text += [*drafted[:kept], token]
         drafted = []
         if drafts and len(known) + (kept + 1) * drafts <= len(rows):  # masks stood where acceptance stopped
@@ -292,9 +288,7 @@ def main(argv):
         print("note: --verify --compare writes what the AR model would, in fewer passes than it", file=sys.stderr)
     end = tokenizer.eos_token_id if stop_at_eos else None
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    generator = torch.Generator(place).manual_seed(seed)
-
-    frames = []
+    generator, frames = torch.Generator(place).manual_seed(seed), []
 
     def show(ids, confidence):
         if trace:
@@ -334,9 +328,7 @@ def main(argv):
     if trace:
         write_trace(trace, frames, tokenizer, model.mask_id)
     total = sum(map(len, new)) or sum(h.stop - h.start for _, holes, _ in encoded for h in holes)
-    passes = forwards / (1 if verify else len(encoded))  # a batch shares its passes
-    more |= {"tokens_per_forward": round(total / len(encoded) / passes * (len(encoded) if verify else 1), 3),
-             "tokens_per_s": round(total / seconds, 1)}
+    more |= {"tokens_per_forward": round(total / forwards, 3), "tokens_per_s": round(total / seconds, 1)}
     for i, (ids, holes, _) in enumerate(encoded):
         text = texts[i // num_samples]
         if holes:

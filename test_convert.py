@@ -463,7 +463,7 @@ def random_blocks(shift, size=4, lora=None):
 def test_the_loss_of_blocks_equals_a_brute_force_sum(shift, share):
     model = random_blocks(shift)
     ids = torch.randint(0, 99, (3, 12), generator=torch.Generator().manual_seed(1))
-    t, noise = convert.draw_noise(3, 12, 10, 0, 3, share)
+    t, noise = convert.draw_noise(3, 12, 10, 0, 4, share)
     assert (t > 10).float().mean() == pytest.approx(share, abs=0.12)
     loss = sum(convert.losses(model, ids, t, noise, (1, 0.5, 0.7), contextlib.nullcontext(), 2)).item()
     expected, count = 0.0, 3 * (12 - shift)
@@ -510,7 +510,7 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(tmp_pa
         assert len(convert.freeze(model, "attention")) <= len(params) < len(list(model.parameters()))
         optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
         for step in range(2):
-            noise = convert.draw_noise(4, 16, 1000, step, 16 // (size or 16))
+            noise = convert.draw_noise(4, 16, 1000, step, size)
             convert.backpropagate(model, ids, *noise, {"diffusion": 1, "lm": 0, "distill": 0.5 * bool(size)},
                                   torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
             optimizer.step()
@@ -1244,13 +1244,12 @@ def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp
     assert evals[-1]["eval_nelbo"] < surgery["eval_nelbo"]
     (tmp_path / "prompts.txt").write_text("The object \nA statement\nIf both are given, then it")
     final = tmp_path / "outputs/tiny_block_diffusion/final"
-    lora = ["--model_name=" + str(final), "--model_config=", "--tokenizer_name=", "--stage0_epochs=0", "--use_lora",
-            "--max_steps=16", "--out_dir=lora", "--on_policy_tokens=4000"]
     plain = tmp_path / "plain"  # only the Hugging Face part of it
     plain.mkdir()
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (plain / file).write_bytes((final / file).read_bytes())
-    lora[0] = f"--model_name={plain}"
+    lora = [f"--model_name={plain}", "--model_config=", "--tokenizer_name=", "--stage0_epochs=0", "--use_lora",
+            "--max_steps=16", "--out_dir=lora", "--on_policy_tokens=4000"]
     out, _ = script("convert.py", HERE / "config/tiny_block.py", *lora, cwd=tmp_path)
     assert "nothing to recover" in out
     evals = [r for r in rows_of(tmp_path / "lora") if "eval_nelbo" in r]
