@@ -54,7 +54,7 @@ top_k = 0  # with a temperature: only among the k likeliest; 0: all
 top_p = 1.0  # with a temperature: only among the fewest that make up this share
 # verified decoding
 verify = False  # a block model: masks draft, the causal mode of the same weights checks; the AR model's own output
-drafts = 3  # tokens drafted beyond the next, which is exact; a block_size less one at most
+drafts = 3  # tokens drafted beyond the next, which is exact; a block_size at most
 branches = 2  # masks stand after 0, 1, ... so many accepted drafts in the pass that checks; 0: in a pass of their own
 compare = False  # decode the same with plain AR as well, and print both
 # run
@@ -102,11 +102,12 @@ def accept(p, q, drafted, generator=None):
     p (m, V): the model's distribution of each draft and of what follows them; q (m - 1, V): what the drafts were drawn
     from. (Speculative sampling, https://arxiv.org/abs/2211.17192, algorithm 1.) At temperature 0: the agreeing prefix.
     """
-    u = torch.rand(len(drafted), generator=generator, device=p.device).tolist()
-    for i, token in enumerate(drafted):
-        if u[i] * q[i, token] >= p[i, token]:
-            return i, int(torch.multinomial((p[i] - q[i]).clamp(min=0), 1, generator=generator))
-    return len(drafted), int(torch.multinomial(p[-1], 1, generator=generator))
+    tokens = torch.tensor(drafted, dtype=torch.long, device=p.device)[:, None]
+    u = torch.rand(tokens.shape, generator=generator, device=p.device)
+    stands = (u * q.gather(1, tokens) < p[:-1].gather(1, tokens))[:, 0].tolist()
+    kept = [*stands, False].index(False)
+    left = (p[kept] - q[kept]).clamp(min=0) if kept < len(drafted) else p[kept]
+    return kept, int(torch.multinomial(left, 1, generator=generator))
 
 
 @torch.no_grad()
@@ -118,11 +119,11 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, end=N
     past, device = new_past(), model.mask_embedding.device
     past["places"] = clean_places(len(prompt)).to(device)
     moves = torch.tensor([[[1]], [[0]], [[1]]], device=device)  # positions and horizons do, groups don't
-    t = torch.tensor([[model.num_timesteps]], device=device)
+    t = torch.tensor([[model.num_timesteps]], device=device) if drafts else None
     model.set_causal(True)
     ids = torch.tensor([prompt], device=device)
     logits = model(ids, None, torch.tensor([len(prompt) - 1], device=device), past=past)
-    text, drafted, q, forwards, proposed, accepted = draw(logits, sampling, generator).tolist(), [], None, 1, 0, 0
+    text, drafted, q, forwards, proposed, accepted = draw(logits, sampling, generator).tolist(), [], logits[:0], 1, 0, 0
     model.set_causal(not drafts)  # with drafts look() says who sees whom
     while len(text) < new_tokens and end not in text:
         known = [text[-1], *drafted]
@@ -273,7 +274,7 @@ def main(argv):
     model.to(place).eval()
     if verify and not model.block_size:
         raise UserError("verify: needs a block model, as config/tiny_block.py makes one; this one is whole-sequence")
-    most = model.block_size - 1 - (not model.logit_shift)
+    most = model.block_size - 2 * (not model.logit_shift)
     if verify and not 1 <= drafts <= most:
         raise UserError(f"drafts: from 1 to {most}, as the model was trained on blocks of {model.block_size}")
     if trace and (verify or len(texts) > 1):
