@@ -37,7 +37,7 @@ def checked(name, value, settings, rule, where):
         raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")
     if isinstance(rule, set) and value not in rule:
         raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule))}, not '{value}'{nearest(value, rule)}")
-    low, high = rule if isinstance(rule, tuple) else (0, math.inf)
+    low, high = rule if isinstance(rule, tuple) else (0, 2**53 if kind is int else 1e30)  # what all of torch can hold
     if kind in (int, float) and not low <= value <= high:
         raise UserError(f"{where}: {name} must be from {low} to {high}, not {value}")
     return value
@@ -58,8 +58,7 @@ def from_file(path, settings):
     before = {k: settings[k] for k in names_of(settings)} | {"__file__": path}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
-    except (SyntaxError, NameError, TypeError, ValueError, LookupError, ArithmeticError, ImportError, OSError,
-            AttributeError) as error:
+    except Exception as error:  # it is the user's code, and may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
     return {k: v for k, v in scope.items() if k[0] != "_" and not isinstance(v, own) and v is not before.get(k, own)}
@@ -71,9 +70,13 @@ def configure(settings, argv, allowed):
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:
         name, given, text = arg[2:].partition("=")
+        if any("\ud800" <= c <= "\udfff" for c in arg):
+            raise UserError(f"{arg!a}: not text in UTF-8")
         if arg not in files and not arg.startswith("--"):
             raise UserError(f"'{arg}' is neither a flag (--name=value) nor a config file (*.py)"
                             + nearest(arg, map(str, Path("config").glob("*.py"))))
+        if not given and arg not in files and not isinstance(settings.get(name, True), bool):
+            raise UserError(f"{arg}: needs a value, as {arg}=...")
         new = from_file(arg, settings) if arg in files else {name: from_flag(name, text, settings) if given else True}
         settings.update({k: checked(k, v, settings, allowed.get(k), arg.partition("=")[0]) for k, v in new.items()})
     return files

@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -796,7 +797,8 @@ def run(main):
 
     --help prints the script's docstring and the lines that define its settings.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
+    if sys.stdout:  # not closed
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; the training loop has a handler of its own
     if "--help" in sys.argv or "-h" in sys.argv:
         script = main.__globals__
@@ -865,8 +867,9 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
             if report["missing_keys"] or report["mismatched_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
     except FOREIGN as error:
-        gated = "" if local or config_json else " (is it gated? accept its licence on its hub page, then hf auth login)"
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}{gated}") from None
+        gated = " (accept its licence on its hub page, then hf auth login)"
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}"
+                        + gated * bool(re.search("gated|private|40[13]", str(error)))) from None
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
@@ -878,7 +881,10 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     converted = not ours or (path / "diffusion.json").is_file() and not config_json
     if not ours:
         ours = read_record(path)["model"]
-    model = DiffusionLM(lm, **ours)
+    try:
+        model = DiffusionLM(lm, **ours)
+    except (TypeError, LookupError) as error:  # of a record that was edited, or comes from another version
+        raise UserError(f"{path / 'diffusion.json'}: {first_line(error)}") from None
     for file, tensors in OUR_FILES.items() if converted else ():
         wanted = tensors(model)
         try:
@@ -903,10 +909,11 @@ OUR_FILES = {
 
 
 def read_record(folder):
-    """diffusion.json of a folder that save_folder wrote: model, settings, state, versions."""
+    """diffusion.json of a folder that save_folder wrote: model, max_seq_length, settings, state, versions."""
     try:
-        return json.loads((Path(folder) / "diffusion.json").read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads((Path(folder) / "diffusion.json").read_text())
+        return {k: record[k] for k in ("model", "max_seq_length", "settings", "state", "versions")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"'{folder}' holds no diffusion model: {first_line(error)}") from None
 
 
@@ -1617,6 +1624,7 @@ def main(argv):
         if signals:
             raise KeyboardInterrupt  # the second time at once
         signals.append(number)
+        os.write(2, b"\nstopping: saves a checkpoint after this step or evaluation; once more stops at once, without\n")
     for number in (signal.SIGINT, signal.SIGTERM) if not dry_run else ():
         signal.signal(number, on_signal)
 
@@ -1696,7 +1704,8 @@ def main(argv):
                      {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
             if signals:
                 bar.close()
-                print(f"stopped by {signal.Signals(signals[0]).name}; --resume goes on from here")
+                again = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+                print(f"stopped by {signal.Signals(signals[0]).name}; go on with: {again}")
                 sys.exit(128 + signals[0])
         if dry_run:
             print(f"stage {stage['name']}: {statistics.median(seconds):.2f} s a step, "

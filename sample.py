@@ -269,7 +269,11 @@ def main(argv):
             raise UserError(f"prompts: '{prompts}' is empty")
     place = pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
-    trained = read_record(folder)["max_seq_length"]
+    trained, finished = read_record(folder)["max_seq_length"], (folder.parent / "final").exists()
+    if not (checkpoint or finished):
+        print(f"note: this run is not finished, {folder} is its newest checkpoint", file=sys.stderr)
+    if num_samples > 1 and not temperature and (verify or order != "random"):
+        print("note: without a --temperature all samples of a prompt are the same", file=sys.stderr)
     model, tokenizer = load_model(str(folder))
     model.to(place).eval()
     if verify and not model.block_size:

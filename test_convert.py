@@ -812,10 +812,13 @@ WRONG_SETTINGS = {
     "--stage1_epochs=-1": "stage1_epochs", "config/nothing.py": "config", "batch_size=4": "batch_size=4",
     "--=1": "setting", "--save_step=1": "save_steps", "--device=cuda:7": "device", "--device=gpu": "device",
     "wrong_name.py": "learning_rate", "wrong_type.py": "batch_size", "wrong_range.py": "dtype",
-    "broken.py": "SyntaxError", "raises.py": "ZeroDivisionError",
+    "broken.py": "SyntaxError", "raises.py": "ZeroDivisionError", "stops.py": "RuntimeError",
+    "--max_steps=1" + 20 * "0": "max_steps", "--lm_loss_weight=1e300": "lm_loss_weight",
+    "--sample_prompt=\udcff": "UTF-8", "--out_dir": "--out_dir=...",
 }
 FILES = {"wrong_name.py": "learning_rte = 1", "wrong_type.py": "batch_size = '4'", "wrong_range.py": "dtype = 'fp16'",
-         "broken.py": "a = = 1", "raises.py": "batch_size = 1 // 0"}
+         "broken.py": "a = = 1", "raises.py": "batch_size = 1 // 0",
+         "stops.py": "raise RuntimeError('no')"}
 
 
 @pytest.mark.parametrize("argument", WRONG_SETTINGS)
@@ -855,7 +858,7 @@ WRONG_INPUTS = {
     "broken parquet": (["--dataset_name=a.parquet"], "a.parquet", lambda p: (p / "a.parquet").write_text("x" * 99)),
     "no such model": (["--model_config=", "--model_name=./no"], "./no", None),
     "no such gguf": (["--model_config=", "--model_name=no.gguf"], "no.gguf", None),
-    "no such hub model": (["--model_config=", "--model_name=nobody/nothing"], "licence", None),
+    "no such hub model": (["--model_config=", "--model_name=nobody/nothing"], "nobody/nothing", None),
     "broken gguf": (["--model_config=", "--model_name=a.gguf"], "a.gguf",
                     lambda p: (p / "a.gguf").write_text("x" * 99)),
     "empty folder": (["--model_config=", "--model_name=./m"], "./m", lambda p: (p / "m").mkdir()),
