@@ -210,8 +210,7 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
 
     # Which position reads which. A masked token i: its own, noisy position i, or with the shift i-1, noisy too. The
     # first token of a block with the shift: the clean i-1 whose prediction is the AR model's, always, and with weight
-    # 1, which is what a masked token weighs on average. So the last mask of a fully masked block is free: it drafts one
-    # token more, the first of the next block. A causal loss: the clean i-1.
+    # 1, which is what a masked token weighs on average. A causal loss: the clean i-1.
     full, times = t > model.num_timesteps, t.clamp(max=model.num_timesteps)
     starts = torch.arange(T) % k == 0
     known = starts & full.repeat_interleave(k, 1)
@@ -221,8 +220,7 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
     weight = torch.where(full, 1.0, elbo_weight(times, model.num_timesteps, model.noise_schedule))
     weight = masked * share * weight.repeat_interleave(k, 1)  # (B, T), by token
     if shift and model.block_size:
-        beyond = predicted & (masked & full.repeat_interleave(k, 1)).roll(1, 1)
-        weight, clean = torch.where(starts, share * beyond, weight), clean + share * (starts & predicted)
+        weight, clean = weight.masked_fill(starts, 0), clean + share * (starts & predicted)
     teach = distill * weight * (torch.arange(T) > 0)
     if shift:
         weight, teach, targets = weight.roll(-1, 1), teach.roll(-1, 1), ahead

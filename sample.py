@@ -54,7 +54,7 @@ top_k = 0  # with a temperature: only among the k likeliest; 0: all
 top_p = 1.0  # with a temperature: only among the fewest that make up this share
 # verified decoding
 verify = False  # a block model: masks draft, the causal mode of the same weights checks; the AR model's own output
-drafts = 3  # tokens drafted beyond the next, which is exact; a block_size at most
+drafts = 3  # tokens drafted beyond the next, which is exact; a block_size less one at most
 branches = 2  # masks stand after 0, 1, ... so many accepted drafts in the pass that checks; 0: in a pass of their own
 compare = False  # decode the same with plain AR as well, and print both
 # run
@@ -278,7 +278,7 @@ def main(argv):
     model.to(place).eval()
     if verify and not model.block_size:
         raise UserError("verify: needs a block model, as config/tiny_block.py makes one; this one is whole-sequence")
-    most = model.block_size - 2 * (not model.logit_shift)
+    most = model.block_size - 1 - (not model.logit_shift)
     if verify and not 1 <= drafts <= most:
         raise UserError(f"drafts: from 1 to {most}, as the model was trained on blocks of {model.block_size}")
     if trace and (verify or len(texts) > 1):

@@ -485,7 +485,7 @@ def test_the_loss_of_blocks_equals_a_brute_force_sum(shift, share):
                          **model.look(places))[0].log_softmax(-1)
             if shift and start:
                 expected += -clean[start - 1, ids[b, start]] / count
-            for i in [*masked, 4] if shift and full and start < 8 else masked:  # one after the block as well
+            for i in masked:
                 if shift and i == 0:
                     continue
                 weight = 1 if full else 10 * 0.1 / rate
@@ -833,7 +833,7 @@ FILES = {"wrong_name.py": "learning_rte = 1", "wrong_type.py": "batch_size = '4'
 WRONG_SAMPLES = {  # of a block model: flags, a word of the error
     "--out_dir=nowhere": "nowhere", "--checkpoint=nowhere": "nowhere", "--watch": "terminal", "--steps=0": "steps",
     "--max_new_tokens=9999": "positions", "--threshold=1.5": "threshold", "--device=cuda:9": "device",
-    "--prompt=a [MASK:3] b": "[MASK:...]", "--verify --drafts=5": "drafts", "--compare": "verify",
+    "--prompt=a [MASK:3] b": "[MASK:...]", "--verify --drafts=4": "drafts", "--compare": "verify",
     "--prompt=" + "x" * 600: "positions", "--prompts=nowhere": "nowhere", "--chat": "chat template",
     "--order=best": "order", "--verify --trace=x": "trace", "--trace=no/t.html --max_new_tokens=4": "no/t.html",
     "--prompts=empty.txt": "empty.txt", "--prompt=\udcff": "UTF-8", "--out_dir=edited": "alphas",
