@@ -41,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -62,7 +63,7 @@ use_time_embedding = True  # tell the masked positions how noisy the window is
 logit_shift = True  # token i is read from the hidden state at i-1, as the AR model was trained to; False: at i
 block_size = 0  # 0: the whole window is noisy; else tokens in a block, which sees clean text before it and itself
 # adapters
-use_lora = False  # freeze the model and train adapters that act at noisy positions only: the AR model stays exact
+use_lora = False  # freeze the model (bfloat16 on CUDA) and train adapters for diffusion alone: the AR model stays exact
 lora_rank = 32  # of each adapter
 lora_alpha = 64.0  # what an adapter adds is scaled by lora_alpha / lora_rank
 lora_dropout = 0.0  # of what goes into an adapter
@@ -108,7 +109,7 @@ num_timesteps = 1000  # T; only the time embedding and the ends of the schedule 
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
-dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; the weights are always float32
+dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; trained weights are always float32
 compile_model = True  # torch.compile, decoder layer by decoder layer
 use_gradient_checkpointing = True  # a third more compute for far less activation memory
 max_memory_gb = 0.0  # warns at 90 % of it, a cap on CUDA; 0: the device's, less 3
@@ -277,7 +278,7 @@ def predictive(logits, temperature=0.0, top_k=0, top_p=1.0):
     """
     if not temperature:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-    logits = logits / temperature
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # the likeliest at 0: no overflow
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
     if top_p < 1:
@@ -415,10 +416,13 @@ def sees(query, key, window):
     """Whether a query sees a key, each (position, group, horizon), of shapes that broadcast.
 
     A clean key (group 0) is seen by who has its horizon behind it: the causal order, where a clean token's horizon is
-    the position after its own, and a noisy one's the start of its block. A noisy key is seen by its own group.
+    the position after its own, and a noisy one's the start of its block; a sliding window bounds how far back. A noisy
+    key is seen by all of its own group.
     """
-    see = torch.where(key[1] == 0, key[0] < query[2], key[1] == query[1])
-    return see & (query[0] - key[0] < window) if window else see
+    clean = key[0] < query[2]
+    if window:
+        clean = clean & (query[0] - key[0] < window)
+    return torch.where(key[1] == 0, clean, key[1] == query[1])
 
 
 def clean_places(length):
@@ -506,11 +510,14 @@ class DiffusionLM(nn.Module):
         """
         from peft import LoraConfig, inject_adapter_in_model  # slow to import
         from peft.tuners.lora import LoraLayer
-        wanted = targets.split(",")
+        wanted = targets.replace(" ", "").split(",")
         if targets in ("auto", "attention"):
             wanted = sorted({name for layer in decoder_layers(self.lm) for name, m in layer.named_modules()
                              if isinstance(m, (nn.Linear, Conv1D)) and (targets == "auto" or any(
                                  name.startswith(f"{a}.") for a, _ in attention_modules(layer)))})
+        for name in wanted:
+            if not any(f".{there}".endswith(f".{name}") for there, _ in self.lm.named_modules()):
+                raise UserError(f"lora_targets: '{name}' is no layer of this model; auto, attention, or its names")
         self.lora_config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted,
                                       task_type="CAUSAL_LM", base_model_name_or_path=self.lm.name_or_path)
         try:
@@ -520,7 +527,10 @@ class DiffusionLM(nn.Module):
             raise UserError(f"lora_targets: '{targets}': {first_line(error)}") from None
         for parent in list(self.lm.modules()):
             self.adapters += [(parent, child, m) for child, m in parent.named_children() if isinstance(m, LoraLayer)]
-        for _, _, m in self.adapters:
+        inside = set(self.lm.get_decoder().modules())
+        for _, name, m in self.adapters:
+            if "default" not in m.lora_B or m not in inside:
+                raise UserError(f"lora_targets: only linear layers of the decoder take adapters, not '{name}'")
             m.lora_B["default"].register_forward_hook(self.gated)
             self.switches.append((m, "_disable_adapters", True, False))
         for p in self.adapter_state().values():
@@ -572,8 +582,8 @@ class DiffusionLM(nn.Module):
 
         def mask(window):
             if flex:
-                return create_block_mask(lambda b, h, q, k: sees(places[:, 0, q], seen[:, 0, k], window), None, None,
-                                         places.shape[2], seen.shape[2], places.device)
+                return create_block_mask(lambda b, h, q, k: sees(places[:, b, q], seen[:, b, k], window),
+                                         places.shape[1], None, places.shape[2], seen.shape[2], places.device)
             see = sees(places[..., None], seen[:, :, None], window)[:, None]  # (B, 1, L, keys)
             if self.lm.config._attn_implementation != "eager":
                 return see
@@ -777,7 +787,7 @@ def probe_blocks(model, ids, expected):
 
 # what transformers, datasets and their kin raise for a file or a configuration that is broken
 FOREIGN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError,
-           AssertionError, EOFError, UnpicklingError, StrictDataclassError, SafetensorError)
+           AssertionError, EOFError, UnpicklingError, StrictDataclassError, SafetensorError, TemplateError)
 
 
 class Failure(UserError):
@@ -796,7 +806,7 @@ def run(main):
     --help prints the script's docstring and the lines that define its settings.
     """
     if sys.stdout:  # not closed
-        sys.stdout.reconfigure(line_buffering=True)  # so that a log in a file can be followed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log in a file can be followed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; the training loop has a handler of its own
     if "--help" in sys.argv or "-h" in sys.argv:
         script = main.__globals__
@@ -876,6 +886,7 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
                         f"{lm.get_input_embeddings().weight.shape[0]}: not the tokenizer of this model")
+    anew = bool(ours)  # or goes on, from a checkpoint that is whole
     converted = not ours or (path / "diffusion.json").is_file() and not config_json
     if not ours:
         ours = read_record(path)["model"]
@@ -886,7 +897,7 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     for file, tensors in OUR_FILES.items() if converted else ():
         wanted = tensors(model)
         try:
-            if not wanted and not (path / file).exists():
+            if not (path / file).exists() and (not wanted or anew and file.startswith("adapter/")):
                 continue
             found = load_file(path / file)
             if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
@@ -949,6 +960,7 @@ def read_corpus(name, config, column, cache):
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     has = splits["train"].column_names if "train" in splits else []
     if column not in has and ("messages" in has or {"prompt", "response"} <= set(has)):
+        names = [k for k in names if set(has) <= set(splits[k].column_names)]
         train, *held = (conversations(splits[k]) for k in names)
         return train, held[0] if held else None, 1, ["chat", *(splits[k]._fingerprint for k in names)], True
     for wanted, has in [("train", list(splits)), *((column, splits[k].column_names) for k in names if k in splits)]:
@@ -970,16 +982,15 @@ def read_corpus(name, config, column, cache):
 def conversations(table):
     """The rows of a data set as JSON lists of messages, from a messages column, or prompt and response."""
     if "messages" in table.column_names:
-        return [json.dumps(messages or []) for messages in table["messages"]]
+        return [json.dumps(messages or [], default=str) for messages in table["messages"]]
     pairs = zip(table["prompt"], table["response"], strict=True)
-    return [json.dumps([{"role": "user", "content": a}, {"role": "assistant", "content": b}]) for a, b in pairs]
+    return [json.dumps([{"role": "user", "content": a}, {"role": "assistant", "content": b}],
+                       default=str) for a, b in pairs]
 
 
 def chat_encoder(tokenizer, length):
     """encode(conversations as JSON) -> lists of ids, whole windows each, with ~id for all that is context only: what
     the assistant does not say, and the padding. UserError without a chat template that grows turn by turn."""
-    from jinja2 import TemplateError
-
     def encode_one(messages):
         ids = []
         for i, message in enumerate(messages):
@@ -996,7 +1007,7 @@ def chat_encoder(tokenizer, length):
     def encode(texts):
         try:
             return [encode_one(json.loads(text)) for text in texts]
-        except (*FOREIGN, TemplateError) as error:
+        except FOREIGN as error:
             raise UserError(f"dataset_name: chat data, but the chat template of this tokenizer cannot write it: "
                             f"{first_line(error)}") from None
     return encode
@@ -1140,23 +1151,40 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
     folder = Path(cache) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **settings, threads=threads)
-    meta, length = json.loads((folder / "meta.json").read_text()), settings["length"]
-    return *(np.memmap(folder / f"{name}.bin", meta["dtype"], "r", shape=(meta[name], length))
-             for name in ("train", "held")), meta
+    try:
+        meta, length = json.loads((folder / "meta.json").read_text()), settings["length"]
+        return *(np.memmap(folder / f"{name}.bin", meta["dtype"], "r", shape=(meta[name], length))
+                 for name in ("train", "held")), meta
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"cache_dir: {folder} is damaged, delete it: {first_line(error)}") from None
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
+def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
     """Memory-mapped windows (n, T) of about `tokens` tokens that the AR model writes, greedily, after prompts from
-    windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped."""
+    windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped.
+
+    state["on_policy"] keeps their name, as a model that trains in full would write others at a resume.
+    """
     T, eos, device = windows.shape[1], tokenizer.eos_token_id, model.mask_embedding.device
-    key = json.dumps([tokens, batch, eos, hashlib.sha256(windows).hexdigest(),
-                      [p.float().sum().item() for p in model.lm.parameters()]])
-    path = Path(cache) / f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
-    if path.exists():
+    with model.as_it_came() as lm:
+        key = json.dumps([tokens, eos, hashlib.sha256(windows).hexdigest(),
+                          [p.float().sum().item() for p in lm.parameters()]])
+    name = f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    path = Path(cache) / (state["on_policy"] or name)
+    if path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T):  # else it is damaged
+        state["on_policy"] = path.name
         return np.memmap(path, np.int32, "r").reshape(-1, T)
+    if path.name != name:
+        raise UserError(f"on_policy_tokens: {path} is gone, which this run trains on, and the model no longer writes "
+                        "the same; --out_dir=... starts anew")
     unfinished = path.with_suffix(".part")
     model.eval().set_causal(True)
     with open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"on_policy_tokens: another run is writing {unfinished}; start again when it is done"
+                            ) from None
         file.truncate(file.tell() // (4 * T * batch) * 4 * T * batch)  # whole batches
         done = np.fromfile(unfinished, np.int32).reshape(-1, T)
         written, at = int((done >= 0).sum()), len(done)
@@ -1169,8 +1197,10 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
                                 for r, n in zip(rows, lengths, strict=True)], device=device)
             seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
             with torch.no_grad():
-                out = model.lm.generate(ids, attention_mask=seen, max_new_tokens=T - min(lengths), do_sample=False,
-                                        eos_token_id=eos, pad_token_id=eos or 0)[:, most:].cpu().numpy()
+                out = model.lm.generate(ids, attention_mask=seen, do_sample=False,
+                                        max_new_tokens=min(T - min(lengths), model.positions - most),
+                                        repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=eos,
+                                        pad_token_id=eos or 0)[:, most:].cpu().numpy()
             new = np.full((len(rows), T), ~(eos or 0), np.int32)
             for row, r, n, text in zip(new, rows, lengths, out, strict=True):
                 row[:n] = np.minimum(r, ~r)[:n]  # the prompt is context only
@@ -1183,6 +1213,7 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, batch=32):
             written += more
             bar.update(more)
     os.replace(unfinished, path)
+    state["on_policy"] = name
     if written < tokens:
         print(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, dataset_name)")
     model.train()
@@ -1335,7 +1366,7 @@ def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
     t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed, model.block_size)
     nelbo, causal = (sum(losses(model, ids, t, noise, which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
     bits = nelbo * (ids[:, int(model.logit_shift):] >= 0).sum().item() / math.log(2)
-    return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / text_bytes,
+    return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / max(1, text_bytes),
             "ar_ppl": math.exp(min(causal, 700))}
 
 
@@ -1439,7 +1470,7 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}{'tokens':>15}  loss")
     for s in (s for s in stages if s["steps"]):
         n = sum(p.numel() for p in freeze(model, s["trains"]))
-        loss = " + ".join(f"{s[k]:g} {k}" for k in ("diffusion", "lm") if s[k])
+        loss = " + ".join(f"{s[k]:g} {k}" for k in ("diffusion", "lm", "distill") if s[k])
         print(f"{s['name']:24}{n:15,}{size - n:15,}{s['lr_scale'] * learning_rate:9.1e}{s['warmup']:9,}{s['steps']:9,}"
               f"{s['steps'] * per_step * windows.shape[1]:15,}  {loss}", flush=True)
     print()
@@ -1448,7 +1479,8 @@ def describe(model, moved, windows, held, meta, stages, per_step):
 def find_run(out, settings):
     """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
-             "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": ""}
+             "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": "",
+             "on_policy": ""}
     here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
     if not (resume and not checkpoint or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
@@ -1487,8 +1519,12 @@ def main(argv):
     torch.autograd.set_detect_anomaly(debug)
     if not block_size and (distill_weight or full_mask_share):
         raise UserError(f"{'distill_weight' if distill_weight else 'full_mask_share'}: needs a block_size")
-    if block_size and not use_bidirectional_attention:
-        raise UserError("block_size: needs use_bidirectional_attention")
+    if (block_size or use_lora) and not use_bidirectional_attention:
+        raise UserError(f"{'block_size' if block_size else 'use_lora'}: needs use_bidirectional_attention")
+    if block_size == 1:
+        raise UserError("block_size: a block of 1 is the AR model; 0 for the whole window, or 2 and more")
+    if not diffusion_loss_weight and (use_lora or not lm_loss_weight):
+        raise UserError("diffusion_loss_weight: 0 leaves nothing to train" + " adapters on" * use_lora)
     if not set(lm_loss_stages) <= set("123"):
         raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
     if on_policy_tokens and stage0_epochs:
@@ -1530,16 +1566,20 @@ def main(argv):
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
     held_bytes = sum(len(tokenizer.decode(w[w >= 0], skip_special_tokens=True).encode())
                      for w in held[:, int(logit_shift):])
-    if on_policy_tokens:
+    if on_policy_tokens and dry_run:
+        print("on_policy_tokens: left out here, the steps run on the corpus instead")
+    elif on_policy_tokens:
         with amp:
-            windows = on_policy_windows(model, tokenizer, windows, on_policy_tokens, cache_dir)
+            windows = halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer,
+                                                 windows, on_policy_tokens, cache_dir, state)
     per_step = batch_size * gradient_accumulation_steps
     stages = make_stages(len(windows), per_step, min(max_steps or 20, 20) if debug else max_steps)
     total_steps = sum(s["steps"] for s in stages)
-    pretraining_steps = sum(s["steps"] for s in stages if not s["diffusion"])
+    pretraining_steps = stages[0]["steps"]
     describe(model, moved, windows, held, meta, stages, per_step)
-    size = sum(p.numel() for p in model.parameters())
-    disk = 4 * size + size * (6 if use_8bit_adam else 12) * (keep_checkpoints + 1 - len(checkpoints(out)))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in freeze(model, "everything"))
+    disk = weights + (weights + trained * (2 if use_8bit_adam else 8)) * (keep_checkpoints + 1 - len(checkpoints(out)))
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     if disk > free:
         raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
@@ -1551,12 +1591,14 @@ def main(argv):
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if block_size and place.type == "cuda":
         try:
+            if getattr(model.lm.config.get_text_config(), "attention_dropout", 0):
+                raise ValueError("it has attention dropout")
             model.lm.set_attn_implementation("flex_attention")
         except ValueError as error:
             print(f"block_size: attention by a mask tensor, this model has no flex_attention: {first_line(error)}")
     if compile_model:
         compile_layers(model)
-    # neither recomputes: checkpointing would lose the cache, and each layer would be compiled for itself with one
+    # not with checkpointing, which would lose the cache, nor compiled, where a cache has each layer compile by itself
     model.context_apart = bool(block_size and use_lora and not compile_model and not checkpointing)
     model.train()
 
@@ -1640,6 +1682,7 @@ def main(argv):
         if not stage["steps"]:  # its step and its optimizer, if it had begun before, are not the next stage's
             state["step"], training = 0, None
             continue
+        state["stage"] = number
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
         scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")

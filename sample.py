@@ -9,6 +9,7 @@
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
 """
 import functools
+import os
 import re
 import sys
 import time
@@ -45,7 +46,7 @@ num_samples = 1  # of each prompt, all in one batch
 max_new_tokens = 64  # masks to fill after the prompt
 stop_at_eos = True  # a text ends at the tokenizer's end of text
 # unmasking
-steps = 32  # forward passes; fewer than max_new_tokens: several tokens in each
+steps = 32  # passes that set tokens; fewer than max_new_tokens: several in each (a block model adds one a block)
 order = "confidence"  # who is set first: confidence | entropy | margin | random | left_to_right
 threshold = 0.0  # instead of steps: set all tokens that are so sure, at least one in each pass
 remask = 0  # so many of the least sure tokens may be taken back (in a block model: of each block)
@@ -54,7 +55,7 @@ top_k = 0  # with a temperature: only among the k likeliest; 0: all
 top_p = 1.0  # with a temperature: only among the fewest that make up this share
 # verified decoding
 verify = False  # a block model: masks draft, the causal mode of the same weights checks; the AR model's own output
-drafts = 3  # tokens drafted beyond the next, which is exact; a block_size less one at most
+drafts = 3  # tokens drafted beyond the next, which is exact; a block_size less 1 at most, 2 without logit_shift
 branches = 2  # masks stand after 0, 1, ... so many accepted drafts in the pass that checks; 0: in a pass of their own
 compare = False  # decode the same with plain AR as well, and print both
 # run
@@ -68,7 +69,7 @@ trace = ""  # write a page that replays the unmasking, e.g. trace.html; opens in
 json = False  # one JSON object a sample on stdout, and nothing else
 
 allowed = {"max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5), "seed": (0, 2**62),
-           "threshold": (0, 1), "top_p": (1e-6, 1), "dtype": {"float32", "bfloat16", "float16"},
+           "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1), "dtype": {"float32", "bfloat16", "float16"},
            "order": {"confidence", "entropy", "margin", "random", "left_to_right"}}
 
 
@@ -257,15 +258,17 @@ def encode(model, tokenizer, text):
 
 def main(argv):
     configure(globals(), argv, allowed)
-    if watch and (json or not sys.stdout.isatty()):
+    if watch and (json or not sys.stdout or not sys.stdout.isatty()):
         raise UserError("watch: needs a terminal, and no --json")
     texts = [prompt]
     if prompts:
         try:
-            texts = (sys.stdin.read() if prompts == "-" else Path(prompts).read_text()).splitlines()
+            texts = (sys.stdin or open(os.devnull)).read() if prompts == "-" else Path(prompts).read_text("utf-8")
+            texts.encode()  # what is no text at all is a ValueError too
+            texts = texts.removesuffix("\n").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"prompts: '{prompts}' cannot be read: {first_line(error)}") from None
-        if not texts:
+        if texts == [""]:
             raise UserError(f"prompts: '{prompts}' is empty")
     place = pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
@@ -274,17 +277,22 @@ def main(argv):
         print(f"note: this run is not finished, {folder} is its newest checkpoint", file=sys.stderr)
     if num_samples > 1 and not temperature and (verify or order != "random"):
         print("note: without a --temperature all samples of a prompt are the same", file=sys.stderr)
-    model, tokenizer = load_model(str(folder))
+    frozen = place.type == "cuda" and read_record(folder)["model"].get("lora")  # as it was trained
+    model, tokenizer = load_model(str(folder), weights=torch.bfloat16 if frozen else torch.float32)
     model.to(place).eval()
     if verify and not model.block_size:
         raise UserError("verify: needs a block model, as config/tiny_block.py makes one; this one is whole-sequence")
     most = model.block_size - 1 - (not model.logit_shift)
+    if verify and most < 1:
+        raise UserError(f"verify: blocks of {model.block_size} leave nothing to draft; convert with larger ones")
     if verify and not 1 <= drafts <= most:
         raise UserError(f"drafts: from 1 to {most}, as the model was trained on blocks of {model.block_size}")
     if trace and (verify or len(texts) > 1):
         raise UserError("trace: replays the unmasking of one prompt, so without --verify and --prompts")
     if compare and not verify:
         raise UserError("compare: needs --verify")
+    if trace:
+        write_trace(trace, [], tokenizer, model.mask_id)  # so that it can be written is known before the work
     encoded = [encode(model, tokenizer, text) for text in texts for _ in range(num_samples)]
     longest = max(len(ids) + extra for ids, _, extra in encoded)
     if longest > trained:
@@ -309,8 +317,11 @@ def main(argv):
         return [decode_verified(model, ids, max_new_tokens, drafts, branches, sampling, end, generator)
                 for ids, *_ in encoded]
 
-    began, more = time.perf_counter(), {}
+    more = {}
     with pick_autocast(place, dtype):
+        for warm_up in (drafts, 0) if compare else ():  # so that both are timed warm
+            decode_verified(model, encoded[0][0], min(8, max_new_tokens), warm_up, branches, sampling, end)
+        began = time.perf_counter()
         if verify:
             results = decode(drafts)
             new, forwards = [r[0] for r in results], sum(r[1] for r in results)
@@ -327,13 +338,15 @@ def main(argv):
             plain = decode(0)
             ar_seconds = time.perf_counter() - began
             more["ar_tokens_per_s"] = round(sum(len(r[0]) for r in plain) / ar_seconds, 1)
-            more["equal"] = sum(r[0] == ids for r, ids in zip(plain, new, strict=True))
+            if not temperature:  # else both are drawn
+                more["equal"] = sum(r[0] == ids for r, ids in zip(plain, new, strict=True))
     if watch:
         print("\x1b[H\x1b[J", end="")
     if trace:
         write_trace(trace, frames, tokenizer, model.mask_id)
     total = sum(map(len, new)) or sum(h.stop - h.start for _, holes, _ in encoded for h in holes)
-    more |= {"tokens_per_forward": round(total / forwards, 3), "tokens_per_s": round(total / seconds, 1)}
+    passes = max(1, forwards * (1 if verify else len(new)))  # one runs on all texts, but for verify
+    more |= {"tokens_per_forward": round(total / passes, 3), "tokens_per_s": round(total / seconds, 1)}
     for i, (ids, holes, _) in enumerate(encoded):
         text = texts[i // num_samples]
         if holes:
@@ -350,8 +363,8 @@ def main(argv):
     if not json:
         print(f"{folder}, {place}: {more['tokens_per_s']} tokens/s, {more['tokens_per_forward']} tokens per forward"
               + (f", {more['acceptance']:.0%} of the drafts accepted" if verify else "")
-              + (f"; plain AR: {more['ar_tokens_per_s']} tokens/s, {more['equal']} of {len(new)} texts the same"
-                 if compare else ""))
+              + (f"; plain AR: {more['ar_tokens_per_s']} tokens/s" if compare else "")
+              + (f", {more['equal']} of {len(new)} texts the same" if "equal" in more else ""))
 
 
 if __name__ == "__main__":

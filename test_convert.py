@@ -4,6 +4,7 @@ Everything is compared with something trusted: Hugging Face's own logits and per
 the same run never killed. KILLS=30 pytest -k killed kills a run thirty times instead of five.
 """
 import contextlib
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -357,8 +358,9 @@ def test_holes_are_filled_and_nothing_else_changes():
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_writing_fills_every_mask_and_changes_nothing_else(shift, temperature):
-    model = diffusion(random_lm("llama"), shift=shift)
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # the second has a window of 4, which no mask sees
+def test_writing_fills_every_mask_and_changes_nothing_else(family, shift, temperature):
+    model = diffusion(random_lm(family), shift=shift)
     prompts = [[5, 6, 7], [8, model.mask_id, 9, 10, 11], [12]]
     out, forwards, _ = convert.write(model, prompts, 6, 5, sampling={"temperature": temperature})
     assert forwards == 5
@@ -454,8 +456,35 @@ def test_blocks_of_family(family):
             assert forwards <= 16 + 16 * (branches == 0)
 
 
-def random_blocks(shift, size=4, lora=None):
-    return diffusion(random_lm("llama"), "linear", 10, shift, block_size=size, lora=lora)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("shift", [True, False])
+def test_drafts_come_from_what_a_block_was_trained_on(family, shift):
+    """Each branch of a pass equals a fresh run on [the text accepted there | masks], with a mask written out here."""
+    model = diffusion(random_lm(family), shift=shift, block_size=5)
+    t = torch.tensor([[1000]])
+    ids = torch.randint(3, 99, (1, 10), generator=torch.Generator().manual_seed(1))
+    past = convert.new_past()
+    model.set_causal(False)
+    with torch.no_grad():
+        model(ids[:, :7], **model.look(convert.clean_places(7), past))
+        places, inputs, rows = sample.draft_layout(3, 2, 3, shift, ids.device)  # three candidates: tokens 7, 8 and 9
+        fed = torch.tensor([[model.mask_id if i < 0 else ids[0, 7 + i] for i in inputs]])
+        logits = model(fed, t, rows, **model.look(places + 7 * torch.tensor([[[1]], [[0]], [[1]]]), past))
+        for j in range(3):  # the drafts after candidate j, in a block that starts at the token after it, or at it
+            start, masks = (8 + j, 2) if shift else (7 + j, 3)
+            clean = ids[:, :8 + j]
+            fed = torch.cat([clean, torch.full((1, masks), model.mask_id)], 1)
+            n = fed.shape[1]
+            see = torch.tensor([[i >= k or min(i, k) >= start for k in range(n)] for i in range(n)])
+            if model.window:
+                see &= torch.tensor([[k >= start or i - k < model.window for k in range(n)] for i in range(n)])
+            view = {"position_ids": torch.arange(n)[None], "attention_mask": see[None, None]}
+            expected = model(fed, t, torch.arange(n - 2, n), **view)
+            torch.testing.assert_close(logits[3 + 2 * j:5 + 2 * j], expected, rtol=0, atol=1e-5)
+
+
+def random_blocks(shift):
+    return diffusion(random_lm("llama"), "linear", 10, shift, block_size=4)
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -632,9 +661,10 @@ def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, columns):
 
 
 def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
-    model, tokenizer = diffusion(random_lm("llama")), convert.byte_tokenizer()
+    model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {"on_policy": ""}
     windows = np.random.default_rng(0).integers(3, 99, (12, 16)).astype(np.uint16)
-    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path / "", 4))
+    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4))
+    assert state["on_policy"]
     assert len(whole) == 12 and (whole[:, :4] == ~windows[:, :4].astype(np.int32)).all()
     with torch.no_grad():
         prompt = torch.tensor(windows[:, :4].astype(int))
@@ -645,10 +675,19 @@ def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_s
     part = done.with_suffix(".part")
     part.write_bytes(done.read_bytes()[:4 * 16 * 6])  # cut in the second batch
     done.unlink()
+    with open(part, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(configurator.UserError, match="another run"):
+            convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4)
     calls, own = [], type(model.lm).generate
     monkeypatch.setattr(type(model.lm), "generate", lambda self, ids, **how: calls.append(1) or own(self, ids, **how))
-    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, 4) == whole).all() and len(calls) == 2
-    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, 4) == whole).all() and len(calls) == 2
+    again = [convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4) for _ in range(2)]
+    assert all((x == whole).all() for x in again) and len(calls) == 2
+    model.lm.get_input_embeddings().weight.data += 1  # as a run in full does; its text stays what it was
+    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4) == whole).all()
+    done.unlink()
+    with pytest.raises(configurator.UserError, match="is gone"):
+        convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4)
 
 
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
@@ -1037,6 +1076,20 @@ def test_a_run_end_to_end(convert_main, tmp_path):
     assert code == 0 and rows_of("next")[0]["eval_nelbo"] == pytest.approx(evals[-1]["eval_nelbo"], rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", [[], ["--block_size=4", "--on_policy_tokens=3000"],
+                                   ["--block_size=4", "--on_policy_tokens=3000", "--use_lora", "--distill_weight=1"]])
+def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(convert_main, flags):
+    flags = [*TINY, "--stage0_epochs=0", "--stage1_epochs=0", "--keep_checkpoints=9", *flags]
+    assert convert_main(*flags)[0] == 0
+    rows, weights = rows_of("out"), Path("out/final/model.safetensors").read_bytes()
+    for name in ("final", "checkpoint_12", "checkpoint_9", "checkpoint_8"):
+        convert.shutil.rmtree(f"out/{name}", ignore_errors=True)
+    code, out, err = convert_main(*flags, "--resume")
+    assert code == 0 and "resume: out/checkpoint_6" in out, err
+    assert rows_of("out") == rows and Path("out/final/model.safetensors").read_bytes() == weights
+    assert len(list(Path("model_cache").glob("on-policy-*"))) == ("--block_size=4" in flags)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(convert_main, tmp_path):
     assert convert_main(*TINY)[0] == 0
     rows = rows_of("out")
@@ -1391,11 +1444,11 @@ def test_readme_quotes_the_surgery_word_for_word():
 
 
 def test_readme_lists_every_setting_with_its_default_and_reason():
-    source = (HERE / "convert.py").read_text()
-    rows = re.findall(r"^([a-z]\w*) = (.*?)  # (.*)$", source, re.M)
-    assert [name for name, *_ in rows] == configurator.names_of(vars(convert))
-    table = [f"| `{name}` | `{default}` | {why.replace('|', chr(92) + '|')} |" for name, default, why in rows]
-    assert quoted("settings").splitlines()[2:] == table
+    for module, block in (convert, "settings"), (sample, "sampling"):
+        rows = re.findall(r"^([a-z]\w*) = (.*?)  # (.*)$", (HERE / f"{module.__name__}.py").read_text(), re.M)
+        assert [name for name, *_ in rows] == configurator.names_of(vars(module))
+        table = [f"| `{name}` | `{default}` | {why.replace('|', chr(92) + '|')} |" for name, default, why in rows]
+        assert quoted(block).splitlines()[2:] == table
 
 
 def families_table():

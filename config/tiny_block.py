@@ -10,6 +10,7 @@ full_mask_share = 0.5  # what drafts start from
 distill_weight = 1.0  # drafts are to agree with the AR model, which is there in the same run
 lm_loss_weight = 1.0
 lm_loss_stages = "123"  # costs only its rows of the head
+use_time_embedding = False  # the block itself shows how much of it is masked
 
 # 8 windows x 256 bytes = 2,048 bytes a step, 1,000 steps: AR 500, attention 50, diffusion 400, recovery 50
 max_steps = 1000
