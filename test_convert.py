@@ -1405,6 +1405,23 @@ def test_cuda_gives_the_losses_of_the_cpu(convert_main, flags, tolerance):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
 
 
+@pytest.mark.parametrize("flags, tolerance", [([], 1e-3), (["--use_lora", "--stage0_epochs=0"], 0.03)])
+@cuda
+def test_cuda_blocks_give_the_losses_of_the_cpu_and_verify(convert_main, tmp_path, flags, tolerance):
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    flags = [*TINY, f"--model_config={json.dumps(llama)}", "--block_size=4", "--full_mask_share=0.5",
+             "--distill_weight=1", *flags]  # a llama has flex_attention
+    assert convert_main(*flags)[0] == 0
+    code, out, err = convert_main(*flags, "--out_dir=b", "--device=cuda")
+    assert code == 0, err
+    assert "by a mask tensor" not in out
+    for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=tolerance)
+    out, _ = script("sample.py", "--out_dir=b", "--verify", "--compare", "--json", "--max_new_tokens=8", cwd=tmp_path)
+    assert json.loads(out)["equal"] == 1
+
+
 @cuda
 def test_cuda_resumes_and_samples(convert_main, tmp_path):
     argv = [*TINY, "--device=cuda", "--dtype=bfloat16", "--use_8bit_adam"]
