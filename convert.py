@@ -1246,7 +1246,7 @@ def make_stages(n_windows, windows_per_step, max_steps):
     stages = [dict(zip(("name", "epochs", "lr_scale", "trains", "diffusion", "lm"), row, strict=True)) for row in table]
     for s in stages:
         s["lm"] *= s["name"][0] in "0" + lm_loss_stages and not use_lora  # it would train nothing
-        s["distill"] = distill_weight
+        s["distill"] = distill_weight * bool(s["diffusion"])
     total, done = sum(s["epochs"] for s in stages), 0.0
     if not total:
         raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")

@@ -56,7 +56,7 @@ top_p = 1.0  # with a temperature: only among the fewest that make up this share
 # verified decoding
 verify = False  # a block model: masks draft, the causal mode of the same weights checks; the AR model's own output
 drafts = 3  # tokens drafted beyond the next, which is exact; a block_size less 1 at most, 2 without logit_shift
-branches = 2  # masks stand after 0, 1, ... so many accepted drafts in the pass that checks; 0: in a pass of their own
+branches = 4  # masks stand after 0, 1, ... so many accepted drafts in the pass that checks; 0: in a pass of their own
 compare = False  # decode the same with plain AR as well, and print both
 # run
 out_dir = ""  # of a run; "": the newest under outputs/
@@ -260,6 +260,8 @@ def main(argv):
     configure(globals(), argv, allowed)
     if watch and (json or not sys.stdout or not sys.stdout.isatty()):
         raise UserError("watch: needs a terminal, and no --json")
+    if watch and (verify or prompts):
+        raise UserError("watch: shows the unmasking of one prompt, so without --verify and --prompts")
     texts = [prompt]
     if prompts:
         try:
