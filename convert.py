@@ -842,11 +842,12 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, **ours):
-    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder.
+def load_model(name, tokenizer_name="", config_json="", device_type="cpu", **ours):
+    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder; on the CPU still.
 
-    weights: their type. ours: the arguments of DiffusionLM after lm; without them they come from the folder's
-    diffusion.json. config_json: random weights instead. Raises UserError if anything cannot be loaded or does not fit.
+    device_type: where it is to run; a base that only adapters train is in bfloat16 on cuda, all else in float32. ours:
+    the arguments of DiffusionLM after lm; without them they come from the folder's diffusion.json. config_json: random
+    weights instead. Raises UserError if anything cannot be loaded or does not fit.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -857,6 +858,10 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     where = {"local_files_only": local}
     if path.suffix == ".gguf":
         path, where["gguf_file"] = path.parent, path.name
+    anew = bool(ours)  # or goes on, from a checkpoint that is whole
+    if not anew:
+        ours = read_record(path)["model"]
+    weights = torch.bfloat16 if ours.get("lora") and device_type == "cuda" else torch.float32
     source, what = str(path) if local else name, f"model_name: '{name}'"
     try:
         if tokenizer_name == "bytes":
@@ -886,10 +891,7 @@ def load_model(name, tokenizer_name="", config_json="", weights=torch.float32, *
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
                         f"{lm.get_input_embeddings().weight.shape[0]}: not the tokenizer of this model")
-    anew = bool(ours)  # or goes on, from a checkpoint that is whole
-    converted = not ours or (path / "diffusion.json").is_file() and not config_json
-    if not ours:
-        ours = read_record(path)["model"]
+    converted = not anew or (path / "diffusion.json").is_file() and not config_json
     try:
         model = DiffusionLM(lm, **ours)
     except (TypeError, LookupError) as error:  # of a record that was edited, or comes from another version
@@ -921,6 +923,7 @@ def read_record(folder):
     """diffusion.json of a folder that save_folder wrote: model, max_seq_length, settings, state, versions."""
     try:
         record = json.loads((Path(folder) / "diffusion.json").read_text())
+        record["model"] = dict(record["model"])
         return {k: record[k] for k in ("model", "max_seq_length", "settings", "state", "versions")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"'{folder}' holds no diffusion model: {first_line(error)}") from None
@@ -1171,12 +1174,13 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
                           [p.float().sum().item() for p in lm.parameters()]])
     name = f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
     path = Path(cache) / (state["on_policy"] or name)
-    if path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T):  # else it is damaged
-        state["on_policy"] = path.name
-        return np.memmap(path, np.int32, "r").reshape(-1, T)
-    if path.name != name:
+    whole = path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T)  # else it is damaged
+    if not whole and path.name != name:
         raise UserError(f"on_policy_tokens: {path} is gone, which this run trains on, and the model no longer writes "
                         "the same; --out_dir=... starts anew")
+    state["on_policy"] = path.name
+    if whole:
+        return np.memmap(path, np.int32, "r").reshape(-1, T)
     unfinished = path.with_suffix(".part")
     model.eval().set_causal(True)
     with open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar:
@@ -1213,7 +1217,6 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
             written += more
             bar.update(more)
     os.replace(unfinished, path)
-    state["on_policy"] = name
     if written < tokens:
         print(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, dataset_name)")
     model.train()
@@ -1552,8 +1555,7 @@ def main(argv):
     if use_lora:
         ours["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "targets": lora_targets}
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
-    weights = torch.bfloat16 if use_lora and place.type == "cuda" else torch.float32
-    model, tokenizer = load_model(*names, weights, **ours)
+    model, tokenizer = load_model(*names, place.type, **ours)
     if block_size and max_seq_length % block_size:
         raise UserError(f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}")
     if max_seq_length > model.positions:

@@ -9,7 +9,6 @@
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
 """
 import functools
-import os
 import re
 import sys
 import time
@@ -265,22 +264,21 @@ def main(argv):
     texts = [prompt]
     if prompts:
         try:
-            texts = (sys.stdin or open(os.devnull)).read() if prompts == "-" else Path(prompts).read_text("utf-8")
-            texts.encode()  # what is no text at all is a ValueError too
-            texts = texts.removesuffix("\n").split("\n")
+            lines = Path(prompts).read_text("utf-8") if prompts != "-" else sys.stdin.read() if sys.stdin else ""
+            lines.encode()  # what is no text at all is a ValueError too
+            texts = lines.removesuffix("\n").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"prompts: '{prompts}' cannot be read: {first_line(error)}") from None
         if texts == [""]:
             raise UserError(f"prompts: '{prompts}' is empty")
     place = pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
-    trained, finished = read_record(folder)["max_seq_length"], (folder.parent / "final").exists()
-    if not (checkpoint or finished):
+    trained = read_record(folder)["max_seq_length"]
+    if not (checkpoint or (folder.parent / "final").exists()):
         print(f"note: this run is not finished, {folder} is its newest checkpoint", file=sys.stderr)
     if num_samples > 1 and not temperature and (verify or order != "random"):
         print("note: without a --temperature all samples of a prompt are the same", file=sys.stderr)
-    frozen = place.type == "cuda" and read_record(folder)["model"].get("lora")  # as it was trained
-    model, tokenizer = load_model(str(folder), weights=torch.bfloat16 if frozen else torch.float32)
+    model, tokenizer = load_model(str(folder), device_type=place.type)
     model.to(place).eval()
     if verify and not model.block_size:
         raise UserError("verify: needs a block model, as config/tiny_block.py makes one; this one is whole-sequence")

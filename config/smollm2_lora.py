@@ -1,5 +1,5 @@
 # Adapters for SmolLM2-135M-Instruct on text of its own: it drafts for itself, and what it says stays exactly the same.
-# python convert.py config/smollm2_lora.py      about an hour on one CPU core, 3 GB of memory
+# python convert.py config/smollm2_lora.py      half an hour to an hour on 2 CPU cores, 3 GB of memory
 # python sample.py --out_dir=outputs/smollm2_lora_diffusion --verify --compare --prompt="The capital of France is"
 from pathlib import Path
 
