@@ -390,15 +390,17 @@ def write_blocks(model, prompts, lengths, new_tokens, steps, end, watch, how):
     last = torch.arange(1, len(ids) + 1, device=device)
     ahead = run(ids, 0, 0, rows=last * P - 1)  # (B, V), what the clean text says of the token after it
     for start in range(P, P + blocks * k, k):
-        block = torch.full((len(ids), k), model.mask_id, device=device)
+        block, sure = torch.full((len(ids), k), model.mask_id, device=device), torch.ones(len(ids), 0, device=device)
         if model.logit_shift:
             block[:, 0] = draw(ahead, how.get("sampling"), how.get("generator"))
+            sure = ahead.float().softmax(-1).gather(1, block[:, :1])
 
         def predict(block, left, rows, places, start=start):
             logits = run(block, start, 1, model.time_of(left / k), rows * k + places - int(model.logit_shift))
             forget(past, k)
             return logits
-        show = watch and (lambda block, confidence, ids=ids: watch(torch.cat([ids, block], 1), confidence))
+        show = watch and (lambda block, confidence, ids=ids, sure=sure: watch(
+            torch.cat([ids, block], 1), torch.cat([sure, confidence[:, sure.shape[1]:]], 1)))
         block, n = unmask(predict, block, model.mask_id, max(1, round(steps / blocks)), watch=show, **how)
         ids = torch.cat([ids, block], 1)
         forwards, computed = forwards + n + 1, computed + (n + 1) * k

@@ -159,12 +159,18 @@ def folder_to_read(out_dir, checkpoint):
     raise UserError(f"out_dir: no converted model in {out_dir or 'outputs/'}; convert.py config/tiny.py makes one")
 
 
+def within(tokenizer, ids):
+    """The text of ids where they do not start a text, which many tokenizers write without its leading space."""
+    before = tokenizer.encode("a", add_special_tokens=False)
+    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)):]
+
+
 def shown(tokenizer, ids, mask_id):
     """The text of ids (T,), each mask as one block."""
     parts, rest = [], []
     for token in [*ids, None]:
         if token is None or token == mask_id:
-            parts += [tokenizer.decode(rest), "" if token is None else "\u2591"]
+            parts += [within(tokenizer, rest) if parts else tokenizer.decode(rest), "" if token is None else "\u2591"]
             rest = []
         else:
             rest.append(token)
@@ -220,7 +226,7 @@ def write_trace(path, frames, tokenizer, mask_id):
                 set_at[i] = [n, round(confidence[i], 3)]
             row.append([names.setdefault(token, len(names)), *set_at.get(i, [0, 0])])
         rows.append(row)
-    data = dumps({"tokens": [tokenizer.decode([token]) for token in names], "frames": rows}).replace("<", "\\u003c")
+    data = dumps({"tokens": [within(tokenizer, [token]) for token in names], "frames": rows}).replace("<", "\\u003c")
     try:
         Path(path).write_text(TRACE.replace("<script>", f"<script>const DATA={data}\n"), encoding="utf-8")
     except OSError as error:
@@ -351,7 +357,8 @@ def main(argv):
         text = texts[i // num_samples]
         if holes:
             filled = iter([tokenizer.decode(rows[i][hole]) for hole in holes])
-            token_ids, written = rows[i], re.sub(r"\[MASK:\d{1,6}\]", lambda _, f=filled: next(f), text)
+            token_ids = [token for hole in holes for token in rows[i][hole]]
+            written = re.sub(r"\[MASK:\d{1,6}\]", lambda _, f=filled: next(f), text)
         else:
             token_ids = new[i][:new[i].index(end)] if end in new[i] else new[i]
             written = tokenizer.decode(ids + token_ids)[len(tokenizer.decode(ids)):]

