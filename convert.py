@@ -71,8 +71,9 @@ lora_targets = "auto"  # auto: every linear layer; attention: those of attention
 # data
 dataset_name = "Salesforce/wikitext"  # a hub name, a .txt .jsonl .json .csv .parquet file or folder, or "pydoc"
 dataset_config = "wikitext-103-raw-v1"  # the hub data set's configuration; "": its default
-text_column = "text"  # of a table; one with messages, or prompt and response, is read as chat instead
+text_column = "text"  # of a table; one with messages, prompt and response, or prompt alone, is read as chat instead
 on_policy_tokens = 0  # train on so many tokens that the AR model itself writes after prompts from the data; 0: off
+on_policy_share = 1.0  # of each step's windows, the rest are the data's: below 1 where all weights train
 cache_dir = "model_cache"  # tokens land here, keyed by all they depend on
 max_seq_length = 512  # tokens in a window
 max_train_samples = 50000  # windows; no more is tokenised than needed
@@ -132,8 +133,8 @@ seed = 1337  # of data order, noise, dropout and random weights
 allowed = {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
     "dtype": {"bfloat16", "float16", "float32"}, "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
-    "full_mask_share": (0, 1), "lora_dropout": (0, 0.99), "lora_rank": (1, 10**4), "max_seq_length": (2, 10**6),
-    "num_timesteps": (1, 10**6), "seed": (0, 2**31),
+    "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1), "lora_dropout": (0, 0.99), "lora_rank": (1, 10**4),
+    "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
     **dict.fromkeys(("max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
                      "log_steps", "keep_checkpoints"), (1, 10**9)),
 }
@@ -188,15 +189,16 @@ def mask_tokens(ids, t, noise, maskable, mask_id, num_timesteps, schedule):
     return ids.masked_fill(masked, mask_id), masked
 
 
-def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
+def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0, own=0):
     """The runs of the model that a loss is made of: [(view, inputs, t, targets, weights, distill)], all on the CPU.
 
     ids (B, T): a token, or ~token where it is context only: never masked, never scored. t (B, n) and noise (B, T) come
     from draw_noise. view: how the run looks at its inputs (B, L), causal | bidirectional | blocks. Each hidden state
     predicts one token, targets (B, L), and counts with weights (B, L), 0 if it is not read; distill (B, L) is the
-    weight of the KL to what the clean copy says of that token. Weights are shares of the tokens of all B windows, so
-    that the losses of the parts of a batch add up to nats a token. Packed documents see one another, as they did when
-    the AR model was pre-trained.
+    weight of the KL to what the clean copy says of that token. own: the first so many windows are the model's own text,
+    of which it learns to draft but no language, so nothing clean is scored in them. Weights are shares of the tokens of
+    all B windows, so that the losses of the parts of a batch add up to nats a token. Packed documents see one another,
+    as they did when the AR model was pre-trained.
     """
     T, shift = ids.shape[1], model.logit_shift
     k = model.block_size or T
@@ -204,7 +206,8 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
     ids = torch.maximum(ids, ~ids)
     ahead = ids.roll(-1, 1)  # what the state at i predicts if logits are shifted: token i + 1
     predicted = scored & (torch.arange(T) > 0)  # by a causal model: nothing stands before the first token
-    clean = lm * predicted / predicted.sum().clamp(min=1)  # (B, T), by token
+    heard = predicted & (torch.arange(len(ids)) >= own)[:, None]
+    clean = lm * heard / heard.sum().clamp(min=1)  # (B, T), by token
     causal = "causal", ids, torch.zeros_like(t), ahead, clean.roll(-1, 1), torch.zeros_like(clean)
     if not diffusion:
         return [causal]
@@ -221,7 +224,7 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0):
     weight = torch.where(full, 1.0, elbo_weight(times, model.num_timesteps, model.noise_schedule))
     weight = masked * share * weight.repeat_interleave(k, 1)  # (B, T), by token
     if shift and model.block_size:
-        weight, clean = weight.masked_fill(starts, 0), clean + share * (starts & predicted)
+        weight, clean = weight.masked_fill(starts, 0), clean + share * (starts & heard)
     teach = distill * weight * (torch.arange(T) > 0)
     if shift:
         weight, teach, targets = weight.roll(-1, 1), teach.roll(-1, 1), ahead
@@ -262,7 +265,7 @@ def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_
     model.zero_grad(set_to_none=True)
     torch.manual_seed(dropout_seed)
     total = torch.zeros((), device=model.mask_embedding.device)
-    weights = stage["diffusion"], stage["lm"], stage["distill"]
+    weights = stage["diffusion"], stage["lm"], stage["distill"], stage["own"]
     for loss in losses(model, ids, t, noise, weights, amp, micro_batch):
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -479,7 +482,7 @@ class DiffusionLM(nn.Module):
             nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
             nn.init.zeros_(self.time_mlp[2].bias)
         self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self.switches = causal_switches(lm)
+        self.switches, self.attention = causal_switches(lm), lm.config._attn_implementation
         self.window = next((w for _, name, w, _ in self.switches if name == "sliding_window"), None)
         rates = 1 - alpha(torch.arange(num_timesteps + 1), num_timesteps, noise_schedule)
         self.register_buffer("rates", rates.float(), persistent=False)  # share of masks by time, for time_of()
@@ -562,8 +565,12 @@ class DiffusionLM(nn.Module):
 
     @contextlib.contextmanager
     def as_it_came(self):
-        """The Hugging Face model in causal mode (else what is saved reloads as not causal) and without adapters."""
+        """The Hugging Face model in causal mode (else what is saved reloads as not causal), without adapters, and with
+        the attention that it came with."""
         self.set_causal(True)
+        attention = self.lm.config._attn_implementation
+        if attention != self.attention:
+            self.lm.set_attn_implementation(self.attention)
         for parent, child, m in self.adapters:
             setattr(parent, child, m.base_layer)
         try:
@@ -571,6 +578,8 @@ class DiffusionLM(nn.Module):
         finally:
             for parent, child, m in self.adapters:
                 setattr(parent, child, m)
+            if attention != self.attention:
+                self.lm.set_attn_implementation(attention)
 
     def look(self, places, past=None):
         """What hidden() is to be told of inputs at places (3, B or 1, L): position_ids, attention_mask, gate and past.
@@ -964,7 +973,10 @@ def read_corpus(name, config, column, cache):
         raise UserError(f"dataset_name: '{name}' cannot be loaded: {first_line(error.__cause__ or error)}") from None
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     has = splits["train"].column_names if "train" in splits else []
-    if column not in has and ("messages" in has or {"prompt", "response"} <= set(has)):
+    if column not in has and ("messages" in has or "prompt" in has):
+        if not {"messages", "response"} & set(has) and not (on_policy_tokens and on_policy_share == 1):
+            raise UserError(f"dataset_name: '{name}' has prompts but no response; --on_policy_tokens=... has the model "
+                            "answer, and --on_policy_share=1 takes its answers alone")
         names = [k for k in names if set(has) <= set(splits[k].column_names)]
         train, *held = (conversations(splits[k]) for k in names)
         return train, held[0] if held else None, 1, ["chat", *(splits[k]._fingerprint for k in names)], True
@@ -985,10 +997,11 @@ def read_corpus(name, config, column, cache):
 
 
 def conversations(table):
-    """The rows of a data set as JSON lists of messages, from a messages column, or prompt and response."""
+    """The rows of a data set as JSON lists of messages, from a messages column, or from prompt and response, if any."""
     if "messages" in table.column_names:
         return [json.dumps(messages or [], default=str) for messages in table["messages"]]
-    pairs = zip(table["prompt"], table["response"], strict=True)
+    answers = table["response"] if "response" in table.column_names else [""] * len(table)
+    pairs = zip(table["prompt"], answers, strict=True)
     return [json.dumps([{"role": "user", "content": a}, {"role": "assistant", "content": b}],
                        default=str) for a, b in pairs]
 
@@ -1164,28 +1177,29 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
         raise UserError(f"cache_dir: {folder} is damaged, delete it: {first_line(error)}") from None
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
+def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, batch):
     """Memory-mapped windows (n, T) of about `tokens` tokens that the AR model writes, greedily, after prompts from
     windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped.
 
-    state["on_policy"] keeps their name, as a model that trains in full would write others at a resume.
+    names[which] keeps their name, as a model that trains in full would write others at a resume.
     """
     T, eos, device = windows.shape[1], tokenizer.eos_token_id, model.mask_embedding.device
     with model.as_it_came() as lm:
         key = json.dumps([tokens, eos, hashlib.sha256(windows).hexdigest(),
                           [p.float().sum().item() for p in lm.parameters()]])
     name = f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
-    path = Path(cache) / (state["on_policy"] or name)
+    path = Path(cache) / names.get(which, name)
     whole = path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T)  # else it is damaged
     if not whole and path.name != name:
         raise UserError(f"on_policy_tokens: {path} is gone, which this run trains on, and the model no longer writes "
                         "the same; --out_dir=... starts anew")
-    state["on_policy"] = path.name
+    names[which] = path.name
     if whole:
         return np.memmap(path, np.int32, "r").reshape(-1, T)
     unfinished = path.with_suffix(".part")
-    model.eval().set_causal(True)
-    with open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar:
+    model.eval()
+    with (open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar,
+          model.as_it_came() as lm):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1203,12 +1217,11 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
                                 for r, n in zip(rows, lengths, strict=True)], device=device)
             seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
             with torch.no_grad():
-                out = model.lm.generate(ids, attention_mask=seen, do_sample=False,
-                                        max_new_tokens=min(T - min(lengths), model.positions - most),
-                                        repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=eos,
-                                        pad_token_id=eos or 0)[:, most:].cpu().numpy()
+                out = lm.generate(ids, attention_mask=seen, do_sample=False,
+                                  max_new_tokens=min(T - min(lengths), model.positions - most), repetition_penalty=1.0,
+                                  no_repeat_ngram_size=0, eos_token_id=eos, pad_token_id=eos or 0)[:, most:]
             new = np.full((len(rows), T), ~(eos or 0), np.int32)
-            for row, r, n, text in zip(new, rows, lengths, out, strict=True):
+            for row, r, n, text in zip(new, rows, lengths, out.cpu().numpy(), strict=True):
                 row[:n] = np.minimum(r, ~r)[:n]  # the prompt is context only
                 ends = np.flatnonzero(text == eos)
                 text = text[:min(T - n, ends[0] + 1 if len(ends) else T)]
@@ -1219,8 +1232,6 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, state, batch):
             written += more
             bar.update(more)
     os.replace(unfinished, path)
-    if written < tokens:
-        print(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, dataset_name)")
     model.train()
     return np.memmap(path, np.int32, "r").reshape(-1, T)
 
@@ -1252,12 +1263,14 @@ def make_stages(n_windows, windows_per_step, max_steps):
     for s in stages:
         s["lm"] *= s["name"][0] in "0" + lm_loss_stages and not use_lora  # it would train nothing
         s["distill"] = distill_weight * bool(s["diffusion"])
+        s["own"] = math.ceil(on_policy_share * windows_per_step) if on_policy_tokens and s["diffusion"] else 0
+        s["epoch"] = math.ceil(on_policy_tokens / max_seq_length) if s["own"] else n_windows
     total, done = sum(s["epochs"] for s in stages), 0.0
     if not total:
         raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")
     for s in stages:
         share = [round(max_steps * x / total) for x in (done, done + s["epochs"])]
-        s["steps"] = share[1] - share[0] if max_steps else math.ceil(s["epochs"] * n_windows / windows_per_step)
+        s["steps"] = share[1] - share[0] if max_steps else math.ceil(s["epochs"] * s["epoch"] / windows_per_step)
         s["warmup"] = min(warmup_steps, s["steps"] // 5)
         done += s["epochs"]
     return stages
@@ -1471,7 +1484,9 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print(f"data: {len(windows):,} training windows of {windows.shape[1]} tokens, {len(held):,} held out; "
           f"{meta['near_duplicates_left_out']} near-duplicates left out, "
           f"{meta['held_out_share_in_training']:.1%} of the held-out text also stands in training")
-    print(f"step: {per_step} windows, {per_step * windows.shape[1]:,} tokens\n")
+    own = max(s["own"] for s in stages)
+    print(f"step: {per_step} windows, {per_step * windows.shape[1]:,} tokens"
+          + f"; from stage 1 on {own} of the windows are the model's own text" * bool(own) + "\n")
     print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}{'tokens':>15}  loss")
     for s in (s for s in stages if s["steps"]):
         n = sum(p.numel() for p in freeze(model, s["trains"]))
@@ -1485,7 +1500,7 @@ def find_run(out, settings):
     """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
              "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": "",
-             "on_policy": ""}
+             "on_policy": {}}
     here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
     if not (resume and not checkpoint or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
@@ -1532,8 +1547,8 @@ def main(argv):
         raise UserError("diffusion_loss_weight: 0 leaves nothing to train" + " adapters on" * use_lora)
     if not set(lm_loss_stages) <= set("123"):
         raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
-    if on_policy_tokens and stage0_epochs:
-        raise UserError("on_policy_tokens: a model that is yet to be pre-trained has nothing to say; --stage0_epochs=0")
+    if on_policy_tokens and on_policy_share == 1 and not use_lora:
+        print("on_policy_share: on its own text alone the AR model forgets; 0.5 keeps half of each step for the data")
     if use_lora and stage0_epochs:
         raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
     if use_lora and stage3_epochs:
@@ -1568,14 +1583,15 @@ def main(argv):
     corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
-    held_bytes = sum(len(tokenizer.decode(w[w >= 0], skip_special_tokens=True).encode())
-                     for w in held[:, int(logit_shift):])
+
+    def bytes_of(windows):
+        return sum(len(tokenizer.decode(w[w >= 0], skip_special_tokens=True).encode())
+                   for w in windows[:, int(logit_shift):])
+
+    held_bytes, own = bytes_of(held), None
     if on_policy_tokens and dry_run:
         print("on_policy_tokens: left out here, the steps run on the corpus instead")
-    elif on_policy_tokens:
-        with amp:
-            windows = halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer,
-                                                 windows, on_policy_tokens, cache_dir, state)
+        own = windows
     per_step = batch_size * gradient_accumulation_steps
     stages = make_stages(len(windows), per_step, min(max_steps or 20, 20) if debug else max_steps)
     total_steps = sum(s["steps"] for s in stages)
@@ -1643,8 +1659,16 @@ def main(argv):
         for old in checkpoints(out)[keep_checkpoints:]:
             shutil.rmtree(old)
 
+    def eagerly():  # what has other shapes than a step
+        return torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext()
+
+    def answers(which, prompts, tokens):
+        with amp, eagerly():
+            return halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer, prompts,
+                                              tokens, cache_dir, state["on_policy"], which)
+
     def evaluation(micro_batch):
-        with torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext():  # other shapes
+        with eagerly():
             model.eval()
             row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
             with amp:
@@ -1662,11 +1686,11 @@ def main(argv):
             tqdm.write(f"warning: eval_nelbo is well above its best, {best:.4f}: try a lower learning_rate")
         state["best_nelbo"] = min(row["eval_nelbo"], best)
 
-    signals = []
+    signals, writes = [], False
 
     def on_signal(number, frame):
-        if signals:
-            raise KeyboardInterrupt  # the second time at once
+        if signals or writes:  # at once the second time, or while it writes its own text, which is kept as it grows
+            sys.exit(128 + number)
         signals.append(number)
         os.write(2, b"\nstopping: saves a checkpoint after this step or evaluation; once more stops at once, without\n")
     for number in (signal.SIGINT, signal.SIGTERM) if not dry_run else ():
@@ -1687,6 +1711,15 @@ def main(argv):
             state["step"], training = 0, None
             continue
         state["stage"] = number
+        if stage["own"] and own is None:
+            writes, own = True, answers("train", windows, on_policy_tokens)
+            if on_policy_share == 1:  # nothing is learned from the data, so nothing is measured on it
+                held = answers("held", held, held.size)
+                held_bytes = bytes_of(held)
+            writes = False
+            if (own >= 0).sum() < on_policy_tokens:
+                tqdm.write(f"on_policy_tokens: {(own >= 0).sum():,}, as there are no more prompts (max_train_samples, "
+                           "dataset_name)")
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
         scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")
@@ -1701,7 +1734,8 @@ def main(argv):
 
             # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ------
             start, where = time.perf_counter(), (seed, number, state["step"])
-            ids = get_batch(windows, per_step, *where)  # (N, T)
+            parts = (own, stage["own"]), (windows, per_step - stage["own"])
+            ids = torch.cat([get_batch(part, n, *where) for part, n in parts if n])  # (N, T)
             t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where),  # (N, blocks), (N, T)
                                   block_size, full_mask_share)
             rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)

@@ -114,7 +114,7 @@ def test_the_loss_and_its_gradient_equal_a_brute_force_sum(shift, micro_batch):
     model = diffusion(random_lm("llama"), "linear", 10, shift)
     ids = torch.randint(0, 99, (5, 12), generator=torch.Generator().manual_seed(1))
     t, noise = convert.draw_noise(5, 12, 10, 0)
-    stage = {"diffusion": 1, "lm": 0.5, "distill": 0}
+    stage = {"diffusion": 1, "lm": 0.5, "distill": 0, "own": 0}
     scaler, amp = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
     loss = convert.backpropagate(model, ids, t, noise, stage, scaler, amp, 0, micro_batch)
     gradient = model.mask_embedding.grad.clone()
@@ -179,7 +179,8 @@ def test_who_knows_scores_0_and_a_uniform_guess_log_v():
 def test_a_batch_with_no_masked_token_has_a_finite_loss_and_gradient(family):
     model = diffusion(random_lm(family)).train()
     ids, t = torch.randint(0, 99, (2, 8)), torch.tensor([[1], [1]])
-    loss = convert.backpropagate(model, ids, t, torch.ones(2, 8).double(), {"diffusion": 1, "lm": 0, "distill": 0},
+    loss = convert.backpropagate(model, ids, t, torch.ones(2, 8).double(),
+                                 {"diffusion": 1, "lm": 0, "distill": 0, "own": 0},
                                  torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
     assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -202,6 +203,14 @@ def test_padding_and_the_first_token_of_a_shifted_window_are_never_masked_nor_sc
             assert (inputs >= 0).all() and len(convert.reads(*rest, True)[0]) == 4 * (3 if not size else 3 + 2)
             assert inputs[:, 4:6].eq(0).all() and inputs[:, -2:].eq(0).all()
         ids = ids.abs() * 0
+
+
+def test_of_a_models_own_text_only_what_it_drafts_is_scored():
+    ids, noise, model = torch.randint(0, 99, (4, 8)), torch.rand(4, 8).double(), setup()
+    model.block_size, t = 4, torch.full((4, 2), 900)
+    [(*_, both, _)], [(*_, without, _)] = (convert.layout(ids, t, noise, model, 1, lm, own=2) for lm in (0.5, 0))
+    assert (both[:2, :8] == 0).all() and (both[:2, 8:] > 0).any() and (without[2:, 3] > 0).all()
+    assert (both - without).sum().item() == pytest.approx(0.5), "the causal loss stays nats a token of the data"
 
 
 def test_chunks_of_the_head_change_neither_loss_nor_gradient(monkeypatch):
@@ -266,7 +275,7 @@ def test_training_keeps_the_causal_mode_equal_to_the_hugging_face_model_with_the
     optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
     for step in range(3):
         ids, (t, noise) = torch.randint(0, 99, (4, 16)), convert.draw_noise(4, 16, 1000, step)
-        convert.backpropagate(model, ids, t, noise, {"diffusion": 1, "lm": 0.5, "distill": 0},
+        convert.backpropagate(model, ids, t, noise, {"diffusion": 1, "lm": 0.5, "distill": 0, "own": 0},
                               torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
         optimizer.step()
     assert model.time_mlp[2].weight.abs().max() > 0, "the time embedding learns"
@@ -542,7 +551,7 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(tmp_pa
         optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
         for step in range(2):
             noise = convert.draw_noise(4, 16, 1000, step, size)
-            convert.backpropagate(model, ids, *noise, {"diffusion": 1, "lm": 0, "distill": 0.5 * bool(size)},
+            convert.backpropagate(model, ids, *noise, {"diffusion": 1, "lm": 0, "distill": 0.5 * bool(size), "own": 0},
                                   torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
             optimizer.step()
         assert all(p.grad is not None for p in params)
@@ -662,11 +671,24 @@ def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, columns):
         build(tmp_path, tmp_path / "chat.jsonl", convert.byte_tokenizer(), windows=7)
 
 
+def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path, monkeypatch):
+    tokenizer = convert.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    asked = [words(2, i) for i in range(40)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
+    with pytest.raises(configurator.UserError, match="no response"):
+        build(tmp_path, tmp_path / "asked.jsonl", tokenizer)
+    monkeypatch.setattr(convert, "on_policy_tokens", 100)
+    windows = np.concatenate(build(tmp_path, tmp_path / "asked.jsonl", tokenizer)[:2])
+    found = [tokenizer.decode(~w[w < 0]) for w in windows]
+    assert sorted(text.split("<assistant>")[0] for text in found) == sorted(f"<user>{text}\n" for text in asked)
+
+
 def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
-    model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {"on_policy": ""}
+    model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {}
     windows = np.random.default_rng(0).integers(3, 99, (12, 16)).astype(np.uint16)
-    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4))
-    assert state["on_policy"]
+    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4))
+    assert state["train"]
     assert len(whole) == 12 and (whole[:, :4] == ~windows[:, :4].astype(np.int32)).all()
     with torch.no_grad():
         prompt = torch.tensor(windows[:, :4].astype(int))
@@ -680,16 +702,16 @@ def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_s
     with open(part, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(configurator.UserError, match="another run"):
-            convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4)
+            convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4)
     calls, own = [], type(model.lm).generate
     monkeypatch.setattr(type(model.lm), "generate", lambda self, ids, **how: calls.append(1) or own(self, ids, **how))
-    again = [convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4) for _ in range(2)]
+    again = [convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4) for _ in range(2)]
     assert all((x == whole).all() for x in again) and len(calls) == 2
     model.lm.get_input_embeddings().weight.data += 1  # as a run in full does; its text stays what it was
-    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4) == whole).all()
+    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4) == whole).all()
     done.unlink()
     with pytest.raises(configurator.UserError, match="is gone"):
-        convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, 4)
+        convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4)
 
 
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
@@ -1078,9 +1100,11 @@ def test_a_run_end_to_end(convert_main, tmp_path):
     assert code == 0 and rows_of("next")[0]["eval_nelbo"] == pytest.approx(evals[-1]["eval_nelbo"], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--block_size=4", "--on_policy_tokens=3000"],
-                                   ["--block_size=4", "--on_policy_tokens=3000", "--use_lora", "--distill_weight=1"]])
-def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(convert_main, flags):
+@pytest.mark.parametrize("flags, own_texts", [
+    ([], 0), (["--block_size=4", "--on_policy_tokens=3000"], 2),
+    (["--block_size=4", "--on_policy_tokens=3000", "--use_lora", "--distill_weight=1"], 2),
+    (["--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.5", "--stage0_epochs=1"], 1)])
+def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(convert_main, flags, own_texts):
     flags = [*TINY, "--stage0_epochs=0", "--stage1_epochs=0", "--keep_checkpoints=9", *flags]
     assert convert_main(*flags)[0] == 0
     rows, weights = rows_of("out"), Path("out/final/model.safetensors").read_bytes()
@@ -1089,7 +1113,7 @@ def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(conver
     code, out, err = convert_main(*flags, "--resume")
     assert code == 0 and "resume: out/checkpoint_6" in out, err
     assert rows_of("out") == rows and Path("out/final/model.safetensors").read_bytes() == weights
-    assert len(list(Path("model_cache").glob("on-policy-*"))) == ("--block_size=4" in flags)
+    assert len(list(Path("model_cache").glob("on-policy-*"))) == own_texts
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(convert_main, tmp_path):
