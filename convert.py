@@ -914,7 +914,9 @@ def load_model(name, tokenizer_name="", config_json="", device_type="cpu", **our
                 continue
             found = load_file(path / file)
             if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
-                raise ValueError("use_time_embedding, use_lora or its settings differ from the run that wrote it")
+                theirs = read_record(path)["model"]
+                raise ValueError("it belongs to a model with " + ", ".join(
+                    f"{k}={theirs.get(k)} (here {v})" for k, v in ours.items() if theirs.get(k) != v))
             for k, v in found.items():
                 wanted[k].data.copy_(v)
         except FOREIGN as error:
@@ -1009,6 +1011,10 @@ def conversations(table):
 def chat_encoder(tokenizer, length):
     """encode(conversations as JSON) -> lists of ids, whole windows each, with ~id for all that is context only: what
     the assistant does not say, and the padding. UserError without a chat template that grows turn by turn."""
+    if not tokenizer.chat_template:
+        raise UserError("dataset_name: chat data, but this tokenizer has no chat template; take a chat model, or "
+                        "plain text (text_column)")
+
     def encode_one(messages):
         ids = []
         for i, message in enumerate(messages):
@@ -1198,8 +1204,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, ba
         return np.memmap(path, np.int32, "r").reshape(-1, T)
     unfinished = path.with_suffix(".part")
     model.eval()
-    with (open(unfinished, "ab") as file, tqdm(total=tokens, desc="writes", unit="tok", disable=None) as bar,
-          model.as_it_came() as lm):
+    with (open(unfinished, "ab") as file, model.as_it_came() as lm,
+          tqdm(total=tokens, desc="writes", unit="tok", mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1532,9 +1538,10 @@ def find_run(out, settings):
 def main(argv):
     files = configure(globals(), argv, allowed)
     settings = {k: globals()[k] for k in names_of(globals())}
-    out = Path(out_dir or f"outputs/{Path(files[0]).stem if files else Path(model_name).name}_diffusion")
+    name = Path(files[0] if files else model_name.removesuffix("/final"))
+    out = Path(out_dir or f"outputs/{name.stem if files else name.name}_diffusion")
     if resume and not checkpoint and (out / "final").exists():
-        print(f"this run is finished: {out}/final")
+        print(f"this run is finished: {out}/final; --out_dir=... starts another")
         return
     torch.autograd.set_detect_anomaly(debug)
     if not block_size and (distill_weight or full_mask_share):
@@ -1689,7 +1696,9 @@ def main(argv):
     signals, writes = [], False
 
     def on_signal(number, frame):
-        if signals or writes:  # at once the second time, or while it writes its own text, which is kept as it grows
+        if writes:
+            os.write(2, b"\nstopped; what it has written so far is kept, the same command with --resume goes on\n")
+        if signals or writes:  # the second time at once
             sys.exit(128 + number)
         signals.append(number)
         os.write(2, b"\nstopping: saves a checkpoint after this step or evaluation; once more stops at once, without\n")
@@ -1712,7 +1721,8 @@ def main(argv):
             continue
         state["stage"] = number
         if stage["own"] and own is None:
-            writes, own = True, answers("train", windows, on_policy_tokens)
+            writes = True
+            own = answers("train", windows, on_policy_tokens)
             if on_policy_share == 1:  # nothing is learned from the data, so nothing is measured on it
                 held = answers("held", held, held.size)
                 held_bytes = bytes_of(held)

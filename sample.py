@@ -236,11 +236,13 @@ def write_trace(path, frames, tokenizer, mask_id):
 def encode(model, tokenizer, text):
     """(ids of a prompt with masks in its holes, the holes, masks to add behind). UserError if it cannot be filled."""
     if chat:
+        if not tokenizer.chat_template:
+            raise UserError("chat: this tokenizer has no chat template; take a model that was trained to chat")
         try:
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                                  add_generation_prompt=True)
         except FOREIGN as error:
-            raise UserError(f"chat: this tokenizer has no chat template: {first_line(error)}") from None
+            raise UserError(f"chat: the chat template cannot write this: {first_line(error)}") from None
     parts = re.split(r"\[MASK:(\d{1,6})\]", text)
     if len(parts) == 1:
         past_the_end = 2 * drafts + 2 if verify else 0  # masks stand there

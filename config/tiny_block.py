@@ -11,12 +11,14 @@ distill_weight = 1.0  # drafts are to agree with the AR model, which is there in
 lm_loss_weight = 1.0
 lm_loss_stages = "123"  # costs only its rows of the head
 use_time_embedding = False  # the block itself shows how much of it is masked
+on_policy_tokens = 200000  # what will be drafted is the model's own text, as it writes after stage 0 ...
+on_policy_share = 0.25  # ... which, taken alone, would cost it what it knows
 
-# 8 windows x 256 bytes = 2,048 bytes a step, 1,000 steps: AR 500, attention 50, diffusion 400, recovery 50
-max_steps = 1000
+# 8 windows x 256 bytes = 2,048 bytes a step, 950 steps: AR 500, attention 50, diffusion 350, recovery 50
+max_steps = 950
 stage0_epochs = 5.0
 stage1_epochs = 0.5
-stage2_epochs = 4.0
+stage2_epochs = 3.5
 stage3_epochs = 0.5
 
 eval_steps = 100
