@@ -8,6 +8,10 @@ full_mask_share = 0.5  # what drafts start from
 distill_weight = 1.0
 lm_loss_weight = 1.0
 lm_loss_stages = "123"  # costs only its rows of the head
+use_time_embedding = False  # the block itself shows how much of it is masked
+on_policy_tokens = 2000000  # what will be drafted is the model's own text ...
+on_policy_share = 0.25  # ... which, taken alone, would cost it what it knows
+stage3_epochs = 0.0  # the causal loss is there all along, so there is nothing to recover
 
 # 1 window x 32 = 32 windows x 512 tokens = 16,384 tokens a step
 max_seq_length = 512

@@ -14,12 +14,12 @@ use_time_embedding = False  # the block itself shows how much of it is masked
 on_policy_tokens = 200000  # what will be drafted is the model's own text, as it writes after stage 0 ...
 on_policy_share = 0.25  # ... which, taken alone, would cost it what it knows
 
-# 8 windows x 256 bytes = 2,048 bytes a step, 950 steps: AR 500, attention 50, diffusion 350, recovery 50
+# 8 windows x 256 bytes = 2,048 bytes a step, 950 steps: AR 500, attention 50, diffusion 400
 max_steps = 950
 stage0_epochs = 5.0
 stage1_epochs = 0.5
-stage2_epochs = 3.5
-stage3_epochs = 0.5
+stage2_epochs = 4.0
+stage3_epochs = 0.0  # the causal loss is there all along, so there is nothing to recover
 
 eval_steps = 100
 save_steps = 500
