@@ -73,7 +73,7 @@ dataset_name = "Salesforce/wikitext"  # a hub name, a .txt .jsonl .json .csv .pa
 dataset_config = "wikitext-103-raw-v1"  # the hub data set's configuration; "": its default
 text_column = "text"  # of a table; one with messages, prompt and response, or prompt alone, is read as chat instead
 on_policy_tokens = 0  # train on so many tokens that the AR model itself writes after prompts from the data; 0: off
-on_policy_share = 1.0  # of each step's windows, the rest are the data's: below 1 where all weights train
+on_policy_share = 1.0  # of each step's windows, the rest are the data's; with use_lora 1, else less, as 0.25
 cache_dir = "model_cache"  # tokens land here, keyed by all they depend on
 max_seq_length = 512  # tokens in a window
 max_train_samples = 50000  # windows; no more is tokenised than needed
@@ -197,8 +197,8 @@ def layout(ids, t, noise, model, diffusion=1.0, lm=0.0, distill=0.0, own=0):
     predicts one token, targets (B, L), and counts with weights (B, L), 0 if it is not read; distill (B, L) is the
     weight of the KL to what the clean copy says of that token. own: the first so many windows are the model's own text,
     of which it learns to draft but no language, so nothing clean is scored in them. Weights are shares of the tokens of
-    all B windows, so that the losses of the parts of a batch add up to nats a token. Packed documents see one another,
-    as they did when the AR model was pre-trained.
+    all B windows (the causal loss's: of all but its own text), so that the losses of a batch's parts add up to nats a
+    token. Packed documents see one another, as they did when the AR model was pre-trained.
     """
     T, shift = ids.shape[1], model.logit_shift
     k = model.block_size or T
@@ -255,6 +255,8 @@ def losses(model, ids, t, noise, weights, amp, micro_batch):
     for i in range(0, len(ids), micro_batch):
         for view, *run in runs:
             inputs, times, *rest = (x[i:i + micro_batch] for x in run)
+            if view == "causal" and not rest[1].any():  # of its own text
+                continue
             with amp:
                 loss = model.loss(view, inputs, times, *reads(*rest, model.logit_shift))
             yield loss
@@ -916,7 +918,7 @@ def load_model(name, tokenizer_name="", config_json="", device_type="cpu", **our
             if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
                 theirs = read_record(path)["model"]
                 raise ValueError("it belongs to a model with " + ", ".join(
-                    f"{k}={theirs.get(k)} (here {v})" for k, v in ours.items() if theirs.get(k) != v))
+                    f"{k}={theirs.get(k)} (here {ours.get(k)})" for k in ("use_time_embedding", "lora")))
             for k, v in found.items():
                 wanted[k].data.copy_(v)
         except FOREIGN as error:
@@ -944,12 +946,13 @@ def read_record(folder):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: tokenised once, in windows that each epoch visits once. A batch is a function of (seed, stage, step).
-def read_corpus(name, config, column, cache):
+def read_corpus(name, config, column, cache, answered=False):
     """(train, held, lines, key, chat) of a hub name, a local file or folder, or "pydoc".
 
     train, held: sequences of texts, held None where there is no validation split. lines: how many of them make up one
     document, joined without an end of text where the rows are lines of one text. key: changes when the source does.
-    chat: each row is a conversation, as JSON. Raises UserError for what is missing, empty or no text.
+    chat: each row is a conversation, as JSON. answered: the model will write what prompts alone lack. Raises UserError
+    for what is missing, empty or no text.
     """
     if name == "pydoc":
         from pydoc_data.topics import topics  # 450 KB of English prose in the standard library, less its indentation
@@ -976,9 +979,9 @@ def read_corpus(name, config, column, cache):
     names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits and len(splits[k])][:1]]
     has = splits["train"].column_names if "train" in splits else []
     if column not in has and ("messages" in has or "prompt" in has):
-        if not {"messages", "response"} & set(has) and not (on_policy_tokens and on_policy_share == 1):
-            raise UserError(f"dataset_name: '{name}' has prompts but no response; --on_policy_tokens=... has the model "
-                            "answer, and --on_policy_share=1 takes its answers alone")
+        if not {"messages", "response"} & set(has) and not answered:
+            raise UserError(f"dataset_name: '{name}' has no '{column}', and prompts but no response, which the model "
+                            "writes by itself with --use_lora --on_policy_tokens=...")
         names = [k for k in names if set(has) <= set(splits[k].column_names)]
         train, *held = (conversations(splits[k]) for k in names)
         return train, held[0] if held else None, 1, ["chat", *(splits[k]._fingerprint for k in names)], True
@@ -1183,16 +1186,17 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
         raise UserError(f"cache_dir: {folder} is damaged, delete it: {first_line(error)}") from None
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, batch):
-    """Memory-mapped windows (n, T) of about `tokens` tokens that the AR model writes, greedily, after prompts from
-    windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped.
+def on_policy_windows(model, tokenizer, windows, tokens, dtype, cache, names, which, batch):
+    """Memory-mapped windows (n, T) of about `tokens` tokens (0: all) that the AR model writes, greedily, after prompts
+    from windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped.
 
-    names[which] keeps their name, as a model that trains in full would write others at a resume.
+    names[which] keeps their name where the model trains in full, which would write others at a resume.
     """
     T, eos, device = windows.shape[1], tokenizer.eos_token_id, model.mask_embedding.device
     with model.as_it_came() as lm:
-        key = json.dumps([tokens, eos, hashlib.sha256(windows).hexdigest(),
+        key = json.dumps([tokens, eos, T, dtype, hashlib.sha256(windows).hexdigest(),
                           [p.float().sum().item() for p in lm.parameters()]])
+        ends = {eos, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()} - {None}  # of a turn as well
     name = f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
     path = Path(cache) / names.get(which, name)
     whole = path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T)  # else it is damaged
@@ -1205,7 +1209,7 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, ba
     unfinished = path.with_suffix(".part")
     model.eval()
     with (open(unfinished, "ab") as file, model.as_it_came() as lm,
-          tqdm(total=tokens, desc="writes", unit="tok", mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
+          tqdm(total=tokens or None, desc="writes", unit="tok", mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1215,7 +1219,7 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, ba
         done = np.fromfile(unfinished, np.int32).reshape(-1, T)
         written, at = int((done >= 0).sum()), len(done)
         bar.update(written)
-        while written < tokens and at < len(windows):
+        while (written < tokens or not tokens) and at < len(windows):
             rows = windows[at:at + batch].astype(np.int64)
             lengths = [int((r >= 0).argmax()) or max(1, T // 4) for r in rows]
             most = max(lengths)
@@ -1225,12 +1229,13 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, ba
             with torch.no_grad():
                 out = lm.generate(ids, attention_mask=seen, do_sample=False,
                                   max_new_tokens=min(T - min(lengths), model.positions - most), repetition_penalty=1.0,
-                                  no_repeat_ngram_size=0, eos_token_id=eos, pad_token_id=eos or 0)[:, most:]
+                                  no_repeat_ngram_size=0, eos_token_id=sorted(ends) or None,
+                                  pad_token_id=eos or 0)[:, most:]
             new = np.full((len(rows), T), ~(eos or 0), np.int32)
             for row, r, n, text in zip(new, rows, lengths, out.cpu().numpy(), strict=True):
                 row[:n] = np.minimum(r, ~r)[:n]  # the prompt is context only
-                ends = np.flatnonzero(text == eos)
-                text = text[:min(T - n, ends[0] + 1 if len(ends) else T)]
+                end = np.flatnonzero(np.isin(text, list(ends)))
+                text = text[:min(T - n, end[0] + 1 if len(end) else T)]
                 row[n:n + len(text)] = text
             new.tofile(file)
             file.flush()
@@ -1238,11 +1243,14 @@ def on_policy_windows(model, tokenizer, windows, tokens, cache, names, which, ba
             written += more
             bar.update(more)
     os.replace(unfinished, path)
+    if written < tokens:
+        tqdm.write(f"on_policy_tokens: {written:,} tokens, as there are no more prompts (max_train_samples, "
+                   "dataset_name)")
     model.train()
     return np.memmap(path, np.int32, "r").reshape(-1, T)
 
 
-@functools.lru_cache(2)  # a batch may reach over the end of an epoch
+@functools.lru_cache(4)  # a batch may reach over the end of an epoch, of the data and of its own text
 def epoch_order(n, order_seed):
     """A seeded permutation of n windows."""
     return np.random.default_rng(order_seed).permutation(n)
@@ -1258,7 +1266,8 @@ def get_batch(windows, size, seed, stage, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages, as data
 def make_stages(n_windows, windows_per_step, max_steps):
-    """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps (0: not run)."""
+    """One record a stage: what it trains, at which rate, on which losses, for how many optimizer steps (0: not run),
+    and how many windows of each step are the model's own text."""
     table = [  # name, epochs, share of learning_rate, what it trains, weight of the diffusion and of the causal loss
         ("0 AR pre-training", stage0_epochs, stage0_lr_scale, "AR model", 0, 1),
         ("1 attention adaptation", stage1_epochs, stage1_lr_scale, "attention", diffusion_loss_weight, lm_loss_weight),
@@ -1269,8 +1278,13 @@ def make_stages(n_windows, windows_per_step, max_steps):
     for s in stages:
         s["lm"] *= s["name"][0] in "0" + lm_loss_stages and not use_lora  # it would train nothing
         s["distill"] = distill_weight * bool(s["diffusion"])
-        s["own"] = math.ceil(on_policy_share * windows_per_step) if on_policy_tokens and s["diffusion"] else 0
-        s["epoch"] = math.ceil(on_policy_tokens / max_seq_length) if s["own"] else n_windows
+        s["own"] = 0
+        if on_policy_tokens and s["diffusion"]:  # some of the model's own text, and some of the data unless it has all
+            some = max(1, round(on_policy_share * windows_per_step))
+            s["own"] = min(some, windows_per_step - (on_policy_share < 1))
+        s["epoch"] = n_windows
+        if s["own"] == windows_per_step:  # it is not written yet: about 3/4 of a window is
+            s["epoch"] = min(n_windows, math.ceil(on_policy_tokens / (0.75 * max_seq_length)))
     total, done = sum(s["epochs"] for s in stages), 0.0
     if not total:
         raise UserError("stage1_epochs, stage2_epochs and stage3_epochs are 0: there is nothing to train")
@@ -1554,8 +1568,13 @@ def main(argv):
         raise UserError("diffusion_loss_weight: 0 leaves nothing to train" + " adapters on" * use_lora)
     if not set(lm_loss_stages) <= set("123"):
         raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
+    if on_policy_tokens and not diffusion_loss_weight:
+        raise UserError("on_policy_tokens: its own text teaches it to draft, which diffusion_loss_weight=0 leaves out")
     if on_policy_tokens and on_policy_share == 1 and not use_lora:
-        print("on_policy_share: on its own text alone the AR model forgets; 0.5 keeps half of each step for the data")
+        raise UserError("on_policy_share: its own text alone would cost the AR model what it knows; less than 1, as "
+                        "--on_policy_share=0.25, or --use_lora, which leaves the AR model alone")
+    if on_policy_tokens and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1:
+        raise UserError("on_policy_share: a step of one window cannot be shared; more gradient_accumulation_steps")
     if use_lora and stage0_epochs:
         raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
     if use_lora and stage3_epochs:
@@ -1587,7 +1606,7 @@ def main(argv):
     model.to(place)
     start_of_sample = canvas(model, tokenizer, sample_prompt, 32)
     moved = probe(model, max_seq_length)
-    corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir)
+    corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir, bool(on_policy_tokens and use_lora))
     windows, held, meta = token_windows(tokenizer, corpus, cache_dir, num_proc or os.cpu_count(), {
         "length": max_seq_length, "max_windows": max_train_samples, "held_windows": eval_samples, "split_seed": seed})
 
@@ -1597,8 +1616,9 @@ def main(argv):
 
     held_bytes, own = bytes_of(held), None
     if on_policy_tokens and dry_run:
-        print("on_policy_tokens: left out here, the steps run on the corpus instead")
-        own = windows
+        print("on_policy_tokens: left out here, as is the time that writing takes; the steps run on the corpus instead")
+        own = np.asarray(windows, np.int32)
+        own = np.where(np.arange(max_seq_length) < max_seq_length // 4, own, np.maximum(own, ~own))  # answers too
     per_step = batch_size * gradient_accumulation_steps
     stages = make_stages(len(windows), per_step, min(max_steps or 20, 20) if debug else max_steps)
     total_steps = sum(s["steps"] for s in stages)
@@ -1672,7 +1692,7 @@ def main(argv):
     def answers(which, prompts, tokens):
         with amp, eagerly():
             return halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer, prompts,
-                                              tokens, cache_dir, state["on_policy"], which)
+                                              tokens, dtype, cache_dir, {} if use_lora else state["on_policy"], which)
 
     def evaluation(micro_batch):
         with eagerly():
@@ -1721,15 +1741,14 @@ def main(argv):
             continue
         state["stage"] = number
         if stage["own"] and own is None:
+            if signals:
+                sys.exit(128 + signals[0])
             writes = True
             own = answers("train", windows, on_policy_tokens)
             if on_policy_share == 1:  # nothing is learned from the data, so nothing is measured on it
-                held = answers("held", held, held.size)
+                held = answers("held", held, 0)
                 held_bytes = bytes_of(held)
             writes = False
-            if (own >= 0).sum() < on_policy_tokens:
-                tqdm.write(f"on_policy_tokens: {(own >= 0).sum():,}, as there are no more prompts (max_train_samples, "
-                           "dataset_name)")
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
         scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")

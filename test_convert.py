@@ -617,8 +617,8 @@ def test_verified_sampling_has_the_distribution_of_the_causal_model(shift):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
-def build(tmp_path, name, tokenizer=None, length=32, column="text", windows=10**6, held=8, seed=0):
-    corpus = convert.read_corpus(str(name), "", column, tmp_path)
+def build(tmp_path, name, tokenizer=None, length=32, column="text", windows=10**6, held=8, seed=0, answered=False):
+    corpus = convert.read_corpus(str(name), "", column, tmp_path, answered)
     return convert.token_windows(tokenizer or convert.byte_tokenizer(), corpus, tmp_path / "cache", 2, {
         "length": length, "max_windows": windows, "held_windows": held, "split_seed": seed})
 
@@ -671,15 +671,14 @@ def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, columns):
         build(tmp_path, tmp_path / "chat.jsonl", convert.byte_tokenizer(), windows=7)
 
 
-def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path, monkeypatch):
+def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
     tokenizer = convert.byte_tokenizer()
     tokenizer.chat_template = CHAT
     asked = [words(2, i) for i in range(40)]
     (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
     with pytest.raises(configurator.UserError, match="no response"):
         build(tmp_path, tmp_path / "asked.jsonl", tokenizer)
-    monkeypatch.setattr(convert, "on_policy_tokens", 100)
-    windows = np.concatenate(build(tmp_path, tmp_path / "asked.jsonl", tokenizer)[:2])
+    windows = np.concatenate(build(tmp_path, tmp_path / "asked.jsonl", tokenizer, answered=True)[:2])
     found = [tokenizer.decode(~w[w < 0]) for w in windows]
     assert sorted(text.split("<assistant>")[0] for text in found) == sorted(f"<user>{text}\n" for text in asked)
 
@@ -687,7 +686,10 @@ def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path, mo
 def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
     model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {}
     windows = np.random.default_rng(0).integers(3, 99, (12, 16)).astype(np.uint16)
-    whole = np.array(convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4))
+
+    def own_text():
+        return convert.on_policy_windows(model, tokenizer, windows, 100, "float32", tmp_path, state, "train", 4)
+    whole = np.array(own_text())
     assert state["train"]
     assert len(whole) == 12 and (whole[:, :4] == ~windows[:, :4].astype(np.int32)).all()
     with torch.no_grad():
@@ -702,16 +704,16 @@ def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_s
     with open(part, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(configurator.UserError, match="another run"):
-            convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4)
+            own_text()
     calls, own = [], type(model.lm).generate
     monkeypatch.setattr(type(model.lm), "generate", lambda self, ids, **how: calls.append(1) or own(self, ids, **how))
-    again = [convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4) for _ in range(2)]
+    again = [own_text() for _ in range(2)]
     assert all((x == whole).all() for x in again) and len(calls) == 2
     model.lm.get_input_embeddings().weight.data += 1  # as a run in full does; its text stays what it was
-    assert (convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4) == whole).all()
+    assert (own_text() == whole).all()
     done.unlink()
     with pytest.raises(configurator.UserError, match="is gone"):
-        convert.on_policy_windows(model, tokenizer, windows, 100, tmp_path, state, "train", 4)
+        own_text()
 
 
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
@@ -1004,6 +1006,9 @@ def test_the_shipped_configs_are_valid_and_compose(convert_main, monkeypatch):
         raise configurator.UserError("far enough")
     monkeypatch.setattr(convert, "pick_device", stop)
     monkeypatch.chdir(HERE)
+    for name in ("tiny_block", "smollm2_lora", "phi2_block", "phi2_lora", "llama7b_lora"):
+        assert "far enough" in convert_main(f"config/{name}.py")[2]
+        assert convert.block_size == 4 and (convert.dataset_name[0] != "/" or Path(convert.dataset_name).is_file())
     for name in ("tiny", "smollm2", "gpt2", "phi2"):
         for machine in ([], ["config/single_a6000.py"], ["config/a4500.py"]):
             before = convert_main(f"config/{name}.py") and convert.batch_size * convert.gradient_accumulation_steps
@@ -1101,7 +1106,7 @@ def test_a_run_end_to_end(convert_main, tmp_path):
 
 
 @pytest.mark.parametrize("flags, own_texts", [
-    ([], 0), (["--block_size=4", "--on_policy_tokens=3000"], 2),
+    ([], 0), (["--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.5"], 1),
     (["--block_size=4", "--on_policy_tokens=3000", "--use_lora", "--distill_weight=1"], 2),
     (["--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.5", "--stage0_epochs=1"], 1)])
 def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(convert_main, flags, own_texts):
@@ -1114,6 +1119,24 @@ def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(conver
     assert code == 0 and "resume: out/checkpoint_6" in out, err
     assert rows_of("out") == rows and Path("out/final/model.safetensors").read_bytes() == weights
     assert len(list(Path("model_cache").glob("on-policy-*"))) == own_texts
+
+
+def test_own_text_comes_first_in_a_step_where_layout_takes_it_for_that(convert_main, monkeypatch):
+    seen, layout = [], convert.layout
+    monkeypatch.setattr(convert, "layout", lambda *args: seen.append((args[0], *args[7:])) or layout(*args))
+    assert convert_main(*TINY, "--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.25")[0] == 0
+    steps = [(ids, own) for ids, own in ((ids, *own) for ids, *own in seen if own)]
+    assert {own for _, own in steps} == {0, 1}, "none in stage 0"
+    assert all((ids[:own, 0] < 0).all() and (ids[own:] >= 0).all() for ids, own in steps)
+
+
+def test_as_it_came_the_model_has_its_own_attention_and_is_causal():
+    model = diffusion(random_lm("llama"))
+    model.set_causal(False)
+    model.lm.set_attn_implementation("eager")
+    with model.as_it_came() as lm:
+        assert lm.config._attn_implementation == "sdpa" and lm.config.is_causal
+    assert model.lm.config._attn_implementation == "eager"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(convert_main, tmp_path):
@@ -1354,7 +1377,8 @@ def test_tiny_converts_and_sample_writes(tmp_path):
 
 def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp_path):
     """config/tiny_block.py, shortened, in full and with adapters on top; sample.py with all that is for blocks."""
-    script("convert.py", HERE / "config/tiny_block.py", "--max_steps=60", "--eval_steps=30", cwd=tmp_path)
+    script("convert.py", HERE / "config/tiny_block.py", "--max_steps=60", "--eval_steps=30",
+           "--on_policy_tokens=4000", cwd=tmp_path)
     evals = [r for r in rows_of(tmp_path / "outputs/tiny_block_diffusion") if "eval_nelbo" in r]
     surgery = next(r for r in evals if r["stage"][0] == "1")
     assert evals[-1]["eval_nelbo"] < surgery["eval_nelbo"]
@@ -1365,7 +1389,8 @@ def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (plain / file).write_bytes((final / file).read_bytes())
     lora = [f"--model_name={plain}", "--model_config=", "--tokenizer_name=", "--stage0_epochs=0", "--use_lora",
-            "--max_steps=16", "--out_dir=lora", "--on_policy_tokens=4000"]
+            "--max_steps=16", "--out_dir=lora", "--on_policy_tokens=4000", "--on_policy_share=1",
+            "--stage3_epochs=1"]
     out, _ = script("convert.py", HERE / "config/tiny_block.py", *lora, cwd=tmp_path)
     assert "nothing to recover" in out
     evals = [r for r in rows_of(tmp_path / "lora") if "eval_nelbo" in r]
