@@ -1,7 +1,7 @@
 # Adapters for SmolLM2-135M-Instruct on its own answers to 922 questions (48 more are held out): it drafts for itself,
 # 1.53 tokens per forward, and what it says stays exactly the same.
-# python convert.py config/smollm2_lora.py      about an hour on 2 CPU cores, 4 GB of memory, 4 GB of disk; where the
-#                                                CPU has bfloat16 instructions, --dtype=bfloat16 takes half of that
+# python convert.py config/smollm2_lora.py      about 40 minutes on 2 idle CPU cores, 4 GB of memory, 3 GB of disk;
+#                                                --dtype=bfloat16 is faster where the CPU has instructions for it
 # python sample.py --out_dir=outputs/smollm2_lora_diffusion --chat --verify --compare --prompt="Why is the sky blue?"
 from pathlib import Path
 
