@@ -1186,24 +1186,45 @@ def token_windows(tokenizer, corpus, cache, threads, settings):
         raise UserError(f"cache_dir: {folder} is damaged, delete it: {first_line(error)}") from None
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, dtype, cache, names, which, batch):
-    """Memory-mapped windows (n, T) of about `tokens` tokens (0: all) that the AR model writes, greedily, after prompts
-    from windows: what it is asked in a chat, else their first quarter. Cached, and taken up again where it was stopped.
+def continued(lm, rows, eos, positions):
+    """rows (n, T) with what lm writes, greedily, in place of what follows each prompt: what is asked in a chat, else
+    the first quarter. Prompts and padding become context only, ~id. positions: how many tokens lm can take."""
+    T, device = rows.shape[1], lm.get_input_embeddings().weight.device
+    ends = {eos, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()} - {None}  # of a turn as well
+    lengths = [int((r >= 0).argmax()) or max(1, T // 4) for r in rows]
+    most = max(lengths)
+    ids = torch.tensor([[0] * (most - n) + np.maximum(r, ~r)[:n].tolist()
+                        for r, n in zip(rows, lengths, strict=True)], device=device)
+    seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
+    with torch.no_grad():
+        out = lm.generate(ids, attention_mask=seen, do_sample=False,
+                          max_new_tokens=min(T - min(lengths), positions - most), repetition_penalty=1.0,
+                          no_repeat_ngram_size=0, eos_token_id=sorted(ends) or None, pad_token_id=eos or 0)[:, most:]
+    new = np.full(rows.shape, ~(eos or 0), np.int32)
+    for row, r, n, text in zip(new, rows, lengths, out.cpu().numpy(), strict=True):
+        row[:n] = np.minimum(r, ~r)[:n]
+        end = np.flatnonzero(np.isin(text, list(ends)))
+        text = text[:min(T - n, end[0] + 1 if len(end) else T)]
+        row[n:n + len(text)] = text
+    return new
 
-    names[which] keeps their name where the model trains in full, which would write others at a resume.
+
+def on_policy_windows(model, tokenizer, windows, tokens, dtype, cache, kept, batch):
+    """Memory-mapped windows (n, T) of about `tokens` tokens (0: all) that the AR model writes after prompts from
+    windows, continued(). Cached, and taken up again where it was stopped.
+
+    kept: the name of their file, if the run has them already, as a model that trains in full would write others now.
     """
-    T, eos, device = windows.shape[1], tokenizer.eos_token_id, model.mask_embedding.device
+    T, eos = windows.shape[1], tokenizer.eos_token_id
     with model.as_it_came() as lm:
         key = json.dumps([tokens, eos, T, dtype, hashlib.sha256(windows).hexdigest(),
                           [p.float().sum().item() for p in lm.parameters()]])
-        ends = {eos, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()} - {None}  # of a turn as well
     name = f"on-policy-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
-    path = Path(cache) / names.get(which, name)
+    path = Path(cache) / (kept or name)
     whole = path.exists() and path.stat().st_size and not path.stat().st_size % (4 * T)  # else it is damaged
     if not whole and path.name != name:
         raise UserError(f"on_policy_tokens: {path} is gone, which this run trains on, and the model no longer writes "
                         "the same; --out_dir=... starts anew")
-    names[which] = path.name
     if whole:
         return np.memmap(path, np.int32, "r").reshape(-1, T)
     unfinished = path.with_suffix(".part")
@@ -1220,26 +1241,10 @@ def on_policy_windows(model, tokenizer, windows, tokens, dtype, cache, names, wh
         written, at = int((done >= 0).sum()), len(done)
         bar.update(written)
         while (written < tokens or not tokens) and at < len(windows):
-            rows = windows[at:at + batch].astype(np.int64)
-            lengths = [int((r >= 0).argmax()) or max(1, T // 4) for r in rows]
-            most = max(lengths)
-            ids = torch.tensor([[0] * (most - n) + np.maximum(r, ~r)[:n].tolist()
-                                for r, n in zip(rows, lengths, strict=True)], device=device)
-            seen = torch.tensor([[0] * (most - n) + [1] * n for n in lengths], device=device)
-            with torch.no_grad():
-                out = lm.generate(ids, attention_mask=seen, do_sample=False,
-                                  max_new_tokens=min(T - min(lengths), model.positions - most), repetition_penalty=1.0,
-                                  no_repeat_ngram_size=0, eos_token_id=sorted(ends) or None,
-                                  pad_token_id=eos or 0)[:, most:]
-            new = np.full((len(rows), T), ~(eos or 0), np.int32)
-            for row, r, n, text in zip(new, rows, lengths, out.cpu().numpy(), strict=True):
-                row[:n] = np.minimum(r, ~r)[:n]  # the prompt is context only
-                end = np.flatnonzero(np.isin(text, list(ends)))
-                text = text[:min(T - n, end[0] + 1 if len(end) else T)]
-                row[n:n + len(text)] = text
+            new = continued(lm, windows[at:at + batch].astype(np.int64), eos, model.positions)
             new.tofile(file)
             file.flush()
-            at, more = at + len(rows), int((new >= 0).sum())
+            at, more = at + len(new), int((new >= 0).sum())
             written += more
             bar.update(more)
     os.replace(unfinished, path)
@@ -1520,7 +1525,7 @@ def find_run(out, settings):
     """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
              "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": "",
-             "on_policy": {}}
+             "on_policy": ""}
     here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
     if not (resume and not checkpoint or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
@@ -1689,10 +1694,10 @@ def main(argv):
     def eagerly():  # what has other shapes than a step
         return torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext()
 
-    def answers(which, prompts, tokens):
+    def answers(prompts, tokens):
         with amp, eagerly():
             return halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer, prompts,
-                                              tokens, dtype, cache_dir, {} if use_lora else state["on_policy"], which)
+                                              tokens, dtype, cache_dir, state["on_policy"])
 
     def evaluation(micro_batch):
         with eagerly():
@@ -1744,10 +1749,12 @@ def main(argv):
             if signals:
                 sys.exit(128 + signals[0])
             writes = True
-            own = answers("train", windows, on_policy_tokens)
+            own = answers(windows, on_policy_tokens)
             if on_policy_share == 1:  # nothing is learned from the data, so nothing is measured on it
-                held = answers("held", held, 0)
+                held = answers(held, 0)
                 held_bytes = bytes_of(held)
+            if not use_lora:  # a model that stays as it is writes the same at a resume
+                state["on_policy"] = Path(own.filename).name
             writes = False
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)

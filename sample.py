@@ -159,9 +159,10 @@ def folder_to_read(out_dir, checkpoint):
     raise UserError(f"out_dir: no converted model in {out_dir or 'outputs/'}; convert.py config/tiny.py makes one")
 
 
-def within(tokenizer, ids):
-    """The text of ids where they do not start a text, which many tokenizers write without its leading space."""
-    before = tokenizer.encode("a", add_special_tokens=False)
+def within(tokenizer, ids, before=None):
+    """The text of ids after those before, by default some: at the start many tokenizers leave out a leading space."""
+    if before is None:
+        before = tokenizer.encode("a", add_special_tokens=False)
     return tokenizer.decode(before + ids)[len(tokenizer.decode(before)):]
 
 
@@ -363,7 +364,7 @@ def main(argv):
             written = re.sub(r"\[MASK:\d{1,6}\]", lambda _, f=filled: next(f), text)
         else:
             token_ids = new[i][:new[i].index(end)] if end in new[i] else new[i]
-            written = tokenizer.decode(ids + token_ids)[len(tokenizer.decode(ids)):]
+            written = within(tokenizer, token_ids, ids)
         if json:
             print(dumps({"prompt": text, "text": written, "token_ids": token_ids, "tokens": len(token_ids),
                          "forwards": forwards, "seconds": round(seconds, 3)} | more))

@@ -684,13 +684,15 @@ def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
 
 
 def test_on_policy_windows_are_the_models_own_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
-    model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {}
+    model, tokenizer, state = diffusion(random_lm("llama")), convert.byte_tokenizer(), {"on_policy": ""}
     windows = np.random.default_rng(0).integers(3, 99, (12, 16)).astype(np.uint16)
 
     def own_text():
-        return convert.on_policy_windows(model, tokenizer, windows, 100, "float32", tmp_path, state, "train", 4)
+        found = convert.on_policy_windows(model, tokenizer, windows, 100, "float32", tmp_path, state["on_policy"], 4)
+        state["on_policy"] = Path(found.filename).name
+        return found
     whole = np.array(own_text())
-    assert state["train"]
+    assert state["on_policy"]
     assert len(whole) == 12 and (whole[:, :4] == ~windows[:, :4].astype(np.int32)).all()
     with torch.no_grad():
         prompt = torch.tensor(windows[:, :4].astype(int))
@@ -1109,7 +1111,7 @@ def test_a_run_end_to_end(convert_main, tmp_path):
     ([], 0), (["--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.5"], 1),
     (["--block_size=4", "--on_policy_tokens=3000", "--use_lora", "--distill_weight=1"], 2),
     (["--block_size=4", "--on_policy_tokens=3000", "--on_policy_share=0.5", "--stage0_epochs=1"], 1)])
-def test_a_resume_within_a_stage_is_exact_when_those_before_have_no_steps(convert_main, flags, own_texts):
+def test_a_resume_within_a_stage_is_exact_whether_or_not_those_before_have_steps(convert_main, flags, own_texts):
     flags = [*TINY, "--stage0_epochs=0", "--stage1_epochs=0", "--keep_checkpoints=9", *flags]
     assert convert_main(*flags)[0] == 0
     rows, weights = rows_of("out"), Path("out/final/model.safetensors").read_bytes()
