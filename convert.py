@@ -30,6 +30,8 @@ import statistics
 import sys
 import time
 import warnings
+import weakref
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,7 +47,11 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
@@ -89,7 +95,8 @@ weight_decay = 0.01  # of matrices; vectors have none
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW; below 0.999, as the loss of a step is noisy
 max_grad_norm = 1.0  # 0: no clipping
-use_8bit_adam = True  # bitsandbytes: 2 bytes of optimizer state a parameter instead of 8
+use_8bit_adam = True  # bitsandbytes: 2 bytes of optimizer state a parameter instead of 8; slow on a CPU
+optimizer_in_backward = False  # update as soon as a gradient is there and free it; clips by the norm of the step before
 # stages
 stage0_epochs = 0.0  # AR pre-training, for a model_config without weights
 stage1_epochs = 2.0  # attention adaptation
@@ -113,7 +120,9 @@ device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; trained weights are always float32
 compile_model = True  # torch.compile, decoder layer by decoder layer
 use_gradient_checkpointing = True  # a third more compute for far less activation memory
+checkpoint_share = 1.0  # of the layers that do so, the rest keep their activations
 max_memory_gb = 0.0  # warns at 90 % of it, a cap on CUDA; 0: the device's, less 3
+auto_memory = False  # choose the means that save memory, the cheapest first, until the run fits max_memory_gb
 # run
 out_dir = ""  # "": outputs/<name of the config file>_diffusion
 save_steps = 2500  # optimizer steps between checkpoints, one at the end of each stage too; 0: only there
@@ -125,7 +134,7 @@ checkpoint = ""  # from this one
 sample_prompt = "The meaning of"  # continued at each evaluation
 use_wandb = False  # the same numbers to Weights & Biases; nothing leaves the machine otherwise
 wandb_project = "diffusion-converter"  # only with use_wandb
-dry_run = False  # load, measure three steps a stage, print what the run would cost, write nothing to out_dir
+dry_run = False  # estimate memory, measure three steps a stage, print what the run would cost, write no out_dir
 debug = False  # 20 steps with anomaly detection, shapes and finite checks
 seed = 1337  # of data order, noise, dropout and random weights
 
@@ -133,7 +142,8 @@ seed = 1337  # of data order, noise, dropout and random weights
 allowed = {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"}, "lr_schedule": {"cosine", "linear", "constant"},
     "dtype": {"bfloat16", "float16", "float32"}, "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
-    "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1), "lora_dropout": (0, 0.99), "lora_rank": (1, 10**4),
+    "full_mask_share": (0, 1), "checkpoint_share": (0, 1), "on_policy_share": (1e-6, 1), "lora_dropout": (0, 0.99),
+    "lora_rank": (1, 10**4),
     "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
     **dict.fromkeys(("max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
                      "log_steps", "keep_checkpoints"), (1, 10**9)),
@@ -158,6 +168,9 @@ def elbo_weight(t, num_timesteps, schedule):
     """Weight of a masked token in the discrete NELBO (MDLM, eq. 8): T (alpha(t-1) - alpha(t)) / (1 - alpha(t))."""
     now, before = alpha(t, num_timesteps, schedule), alpha(t - 1, num_timesteps, schedule)
     return num_timesteps * (before - now) / (1 - now)
+
+
+phase = record_function  # names the parts of a step in a profile; bench.py and estimate() put their own in its place
 
 
 def derived_seed(*parts):
@@ -249,28 +262,41 @@ def reads(targets, weights, distill, shift):
     return rows, targets.flatten()[rows], weights.flatten()[rows].float(), teachers, taught.float()
 
 
-def losses(model, ids, t, noise, weights, amp, micro_batch):
-    """Run what layout() lays out, micro-batch by micro-batch; yields each loss, to be used before the next run."""
-    runs = layout(ids, t, noise, model, *weights)
-    for i in range(0, len(ids), micro_batch):
-        for view, *run in runs:
-            inputs, times, *rest = (x[i:i + micro_batch] for x in run)
-            if view == "causal" and not rest[1].any():  # of its own text
-                continue
-            with amp:
-                loss = model.loss(view, inputs, times, *reads(*rest, model.logit_shift))
-            yield loss
+def runs_of(model, ids, t, noise, weights, micro_batch):
+    """What layout() lays out, micro-batch by micro-batch: the arguments of each call of model.loss(), on the CPU."""
+    runs = []
+    with phase("data"):
+        laid_out = layout(ids, t, noise, model, *weights)
+        for i in range(0, len(ids), micro_batch):
+            for view, *run in laid_out:
+                inputs, times, *rest = (x[i:i + micro_batch] for x in run)
+                if view != "causal" or rest[1].any():  # else of its own text
+                    runs.append((view, inputs, times, *reads(*rest, model.logit_shift)))
+    return runs
 
 
-def backpropagate(model, ids, t, noise, stage, scaler, amp, dropout_seed, micro_batch):
-    """The loss of an optimizer step, a scalar on the device, its gradients in place."""
+def backpropagate(model, runs, scaler, amp, dropout_seed):
+    """The loss of an optimizer step, a scalar on the device, its gradients in place (or used up: update_in_backward).
+
+    Each run is backpropagated before the next one changes anything. Failure if memory runs out among the updates.
+    """
     model.zero_grad(set_to_none=True)
     torch.manual_seed(dropout_seed)
     total = torch.zeros((), device=model.mask_embedding.device)
-    weights = stage["diffusion"], stage["lm"], stage["distill"], stage["own"]
-    for loss in losses(model, ids, t, noise, weights, amp, micro_batch):
-        scaler.scale(loss).backward()
-        total += loss.detach()
+    try:
+        for i, run in enumerate(runs):
+            if model.updates:
+                model.updates["last"] = i == len(runs) - 1
+            with amp:
+                loss = model.loss(*run)
+            with phase("backward"):
+                scaler.scale(loss).backward()
+            total += loss.detach()
+    except RuntimeError as error:
+        if out_of_memory(error) and model.updates and model.updates["norms"]:
+            raise Failure("out of memory in the middle of an update (optimizer_in_backward); a smaller batch_size, and "
+                          "--resume goes on from the last checkpoint") from None
+        raise
     return total
 
 
@@ -295,7 +321,9 @@ def predictive(logits, temperature=0.0, top_k=0, top_p=1.0):
 
 def draw(logits, sampling=None, generator=None):
     """A token (N,) for each of logits (N, V); sampling: of predictive()."""
-    return torch.multinomial(predictive(logits.float(), **sampling or {}), 1, generator=generator)[:, 0]
+    if not (sampling or {}).get("temperature"):
+        return logits.argmax(-1)
+    return torch.multinomial(predictive(logits.float(), **sampling), 1, generator=generator)[:, 0]
 
 
 def best_first(keys, among, count):
@@ -309,18 +337,20 @@ def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", thre
            watch=None):
     """Fill the masks of ids (B, T), the surest first; returns (ids, forward passes). What was no mask is not touched.
 
-    predict(ids, left (B,), rows, places) -> logits (N, V) of the masks at [rows, places]; left counts them.
+    predict(ids, left (B,), rows, places) -> logits (N, V) at [rows, places], where the masks are; left counts them.
     steps: forward passes at most (MaskGIT, https://arxiv.org/abs/2202.04200; LLaDA). threshold: instead, in each pass
     all tokens that are so sure, at least one a row (Fast-dLLM, https://arxiv.org/abs/2505.22618). remask: so many
     tokens a row may be taken back, those set with least confidence in an earlier pass (ReMDM,
     https://arxiv.org/abs/2503.00307); with a threshold only those below it. watch(ids, confidence) after each pass.
     """
     given, confidence = ids != mask_id, torch.ones(ids.shape, device=ids.device)
-    budget, most = torch.full_like(ids[:, 0], remask), int((ids == mask_id).sum(1).max())
+    budget, most = torch.full_like(ids[:, 0], remask), int((ids == mask_id).sum(1).max())  # masks a row, at most
     limit, forwards = most + remask if threshold else min(steps, most + remask), 0
-    while (masked := ids == mask_id).any():
-        rows, places = masked.nonzero(as_tuple=True)  # (N,)
+    while most:
+        masked = ids == mask_id
         left = masked.sum(1)
+        places = torch.argsort(masked.byte(), dim=1, descending=True, stable=True)[:, :most].flatten()  # (N,), no mask
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(most)  # in some, which changes none
         logits = predict(ids, left, rows, places).float()  # (N, V)
         tokens = draw(logits, sampling, generator)  # (N,)
         probs = logits.softmax(-1)
@@ -348,6 +378,10 @@ def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", thre
             count = budget if threshold else (budget + limit - forwards - 1) // (limit - forwards)
             back = best_first(-confidence, among, count)
             ids, budget = ids.masked_fill(back, mask_id), budget - back.sum(1)
+        if threshold or remask:  # waits for the device; else it is known without
+            most = int((ids == mask_id).sum(1).max())
+        else:
+            most -= math.ceil(most / (limit - forwards + 1))
         if watch:
             watch(ids, confidence)
     return ids, forwards
@@ -490,6 +524,7 @@ class DiffusionLM(nn.Module):
         self.register_buffer("rates", rates.float(), persistent=False)  # share of masks by time, for time_of()
         self.context_apart = False  # blocks: the clean copy in a run of its own, without gradient, as nothing trains it
         self.views, self.gate, self.adapters, self.lora_config = {}, None, [], None
+        self.updates = None  # of update_in_backward()
         if lora:
             self.add_adapters(**lora)
 
@@ -663,13 +698,17 @@ class DiffusionLM(nn.Module):
         """
         tensors = ids, t, rows, targets, weights, teachers, taught
         device = self.mask_embedding.device
-        ids, t, rows, targets, weights, teachers, taught = (x.to(device, non_blocking=True) for x in tensors)
-        if view == "blocks":
-            output, states = self.hidden_of_blocks(ids, t)
-        else:
-            self.set_causal(view == "causal")
-            output, states = self.hidden(ids, t)
-        states = states.flatten(0, 1)
+        with phase("data"):
+            if device.type == "cuda":  # from pinned memory nothing waits
+                tensors = [x.pin_memory() for x in tensors]
+            ids, t, rows, targets, weights, teachers, taught = (x.to(device, non_blocking=True) for x in tensors)
+        with phase("forward"):
+            if view == "blocks":
+                output, states = self.hidden_of_blocks(ids, t)
+            else:
+                self.set_causal(view == "causal")
+                output, states = self.hidden(ids, t)
+            states = states.flatten(0, 1)
 
         def chunk_loss(states, targets, weights, teachers, taught):
             logits = self.head(output, states[None])[0].float()
@@ -682,11 +721,12 @@ class DiffusionLM(nn.Module):
             return loss
 
         size = max(1, 2**26 // self.mask_id)  # rows whose float32 logits take 256 MB
-        parts = states[rows], targets, weights, states[teachers].detach(), taught
-        if len(rows) <= size:
-            return chunk_loss(*parts)
-        chunks = itertools.zip_longest(*(x.split(size) for x in parts), fillvalue=taught[:0])
-        return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        with phase("head"):
+            parts = states[rows], targets, weights, states[teachers].detach(), taught
+            if len(rows) <= size:
+                return chunk_loss(*parts)
+            chunks = itertools.zip_longest(*(x.split(size) for x in parts), fillvalue=taught[:0])
+            return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
     def attention_parameters(self):
         """The parameters of every attention module, whatever the family calls them."""
@@ -855,47 +895,77 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def load_model(name, tokenizer_name="", config_json="", device_type="cpu", **ours):
-    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder; on the CPU still.
-
-    device_type: where it is to run; a base that only adapters train is in bfloat16 on cuda, all else in float32. ours:
-    the arguments of DiffusionLM after lm; without them they come from the folder's diffusion.json. config_json: random
-    weights instead. Raises UserError if anything cannot be loaded or does not fit.
-    """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses kernels not used here
-    warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # older versions know no other
+def place_of(name):
+    """(path, what transformers calls it, further arguments) of a hub name, a folder or a .gguf file."""
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".gguf" or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
     where = {"local_files_only": local}
     if path.suffix == ".gguf":
         path, where["gguf_file"] = path.parent, path.name
+    return path, str(path) if local else name, where
+
+
+@contextlib.contextmanager
+def loading(what):
+    """What a foreign file raises in here becomes a UserError that starts with what."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses kernels not used here
+    for text in (".past_key_values. is deprecated", ".gradient_checkpointing_enable. is deprecated"):
+        warnings.filterwarnings("ignore", text, FutureWarning)  # older versions know no other
+    try:
+        yield
+    except FOREIGN as error:
+        gated = " (accept its licence on its hub page, then hf auth login)"
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}"
+                        + gated * bool(re.search("gated|private|40[13]", str(error)))) from None
+
+
+def load_config(name, config_json="", tokenizer=None):
+    """The Hugging Face configuration of a model, without its weights; config_json: instead, for this tokenizer."""
+    if not config_json:
+        _, source, where = place_of(name)
+        with loading(f"model_name: '{name}'"):
+            return AutoConfig.from_pretrained(source, **where)
+    with loading(f"model_config: {config_json!r}"):
+        config = {"pad_token_id": None}
+        if tokenizer:
+            config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        return AutoConfig.for_model(**config | json.loads(config_json))
+
+
+def weights_type(lora, device_type):
+    """What weights are kept in: a base that only adapters train in bfloat16 on cuda, all else in float32."""
+    return torch.bfloat16 if lora and device_type == "cuda" else torch.float32
+
+
+def load_model(name, tokenizer_name="", config_json="", device_type="cpu", **ours):
+    """(DiffusionLM, tokenizer) from a hub name, a folder, a .gguf file or an earlier run's folder; on the CPU still.
+
+    device_type: where it is to run, for weights_type(). ours: the arguments of DiffusionLM after lm; without them they
+    come from the folder's diffusion.json. config_json: random weights instead. Raises UserError if anything cannot be
+    loaded or does not fit.
+    """
+    path, source, where = place_of(name)
     anew = bool(ours)  # or goes on, from a checkpoint that is whole
     if not anew:
         ours = read_record(path)["model"]
-    weights = torch.bfloat16 if ours.get("lora") and device_type == "cuda" else torch.float32
-    source, what = str(path) if local else name, f"model_name: '{name}'"
-    try:
+    weights = weights_type(ours.get("lora"), device_type)
+    with loading(f"tokenizer_name: '{tokenizer_name}'" if tokenizer_name else f"model_name: '{name}'"):
         if tokenizer_name == "bytes":
             tokenizer = byte_tokenizer()
         else:
-            what = f"tokenizer_name: '{tokenizer_name}'" if tokenizer_name else what
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or source, **({} if tokenizer_name else where))
-        what = f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"
+    if config_json:
+        config = load_config(name, config_json, tokenizer)
+    with loading(f"model_config: {config_json!r}" if config_json else f"model_name: '{name}'"):
         if config_json:
-            config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-            config |= json.loads(config_json)
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=weights)
+            lm = AutoModelForCausalLM.from_config(config, dtype=weights)
         else:
             lm, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=weights, output_loading_info=True, **where)
             if report["missing_keys"] or report["mismatched_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(report['missing_keys'] or report['mismatched_keys'])[:3]}")
-    except FOREIGN as error:
-        gated = " (accept its licence on its hub page, then hf auth login)"
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}"
-                        + gated * bool(re.search("gated|private|40[13]", str(error)))) from None
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
@@ -1301,6 +1371,19 @@ def make_stages(n_windows, windows_per_step, max_steps):
     return stages
 
 
+def model_settings(s):
+    """The arguments of DiffusionLM after lm, from settings."""
+    lora = {k: s[f"lora_{k}"] for k in ("rank", "alpha", "dropout", "targets")} if s["use_lora"] else None
+    return {"num_timesteps": s["num_timesteps"], "noise_schedule": s["noise_schedule"],
+            "logit_shift": s["logit_shift"], "use_time_embedding": s["use_time_embedding"],
+            "bidirectional": s["use_bidirectional_attention"], "block_size": s["block_size"], "lora": lora}
+
+
+def all_losses(stages):
+    """The weights of the losses of all stages together, as the dearest of a run has at most."""
+    return {k: max(s[k] for s in stages if s["epochs"]) for k in ("diffusion", "lm", "distill")}
+
+
 def freeze(model, trains):
     """Let a stage train its part of the model and nothing else; its parameters. UserError if there are none."""
     part = list(model.attention_parameters() if trains == "attention" else model.lm.parameters())
@@ -1329,6 +1412,65 @@ def make_optimizer(params, lr, betas, decay, use_8bit, device):
     if use_8bit:
         print("use_8bit_adam: not on mps, AdamW in 32 bits instead")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def update_in_backward(model, params, optimizer, norm_before):
+    """Hooks that update a parameter once its gradient is whole, in the last run of a step, and free the gradient.
+
+    Gradients are clipped by the norm of the step before (norm_before, a float), as that of this one is known too late;
+    what is not finite in them counts as 0. Returns the hooks' handles.
+    """
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    model.updates = {"last": False, "norms": [], "norm": torch.tensor(norm_before, device=params[0].device)}
+
+    def update(p):
+        if not model.updates["last"]:
+            return
+        with phase("optimizer"), torch.no_grad():
+            model.updates["norms"].append(torch.linalg.vector_norm(p.grad))
+            p.grad.mul_(model.updates["clip"]).nan_to_num_(0, 0, 0)
+            groups, optimizer.param_groups = optimizer.param_groups, [group_of[p] | {"params": [p]}]
+            optimizer.step()
+            optimizer.param_groups, p.grad = groups, None
+    model.updates["update"] = update
+    return [p.register_post_accumulate_grad_hook(update) for p in params]
+
+
+def clip_factor(norm, limit):
+    """What gradients of a norm are multiplied by, scalars on the device: their norm is `limit` then at most."""
+    return torch.where(norm.isfinite(), ((limit or math.inf) / (norm + 1e-6)).clamp(max=1), 1.0)
+
+
+def checkpoint_layers(model, share):
+    """Gradient checkpointing of a share of the decoder layers, the first; False if this architecture has none."""
+    if not model.lm.supports_gradient_checkpointing:
+        return False
+    model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = decoder_layers(model.lm)
+    for layer in layers[round(share * len(layers)):]:
+        layer.gradient_checkpointing = False
+    return True
+
+
+def set_up(model, place):
+    """Switch on, as the settings say, what saves time or memory and changes no loss."""
+    embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
+    if place.type == "cpu" and head is not None and head.weight is embedding.weight:
+        embedding.sparse = True  # its gradient joins the head's row by row, not by another matrix of that size
+    checkpointing = use_gradient_checkpointing and checkpoint_layers(model, checkpoint_share)
+    if use_gradient_checkpointing and not checkpointing:
+        print("use_gradient_checkpointing: goes on without, this architecture has none")
+    if block_size and place.type == "cuda":
+        try:
+            if getattr(model.lm.config.get_text_config(), "attention_dropout", 0):
+                raise ValueError("it has attention dropout")
+            model.lm.set_attn_implementation("flex_attention")
+        except ValueError as error:
+            print(f"block_size: attention by a mask tensor, this model has no flex_attention: {first_line(error)}")
+    if compile_model:
+        compile_layers(model)
+    # not with checkpointing, which would lose the cache, nor compiled, where a cache has each layer compile by itself
+    model.context_apart = bool(block_size and use_lora and not compile_model and not checkpointing)
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -1401,13 +1543,162 @@ def compile_layers(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory, on paper: the real step of the real model on tensors that have a shape and no content
+MEANS = ("optimizer_in_backward", "use_8bit_adam", "use_gradient_checkpointing", "checkpoint_share", "batch_size",
+         "gradient_accumulation_steps", "use_lora")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made within, by what they are for, for as long as they live."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.what, self.live, self.peak = "activations", Counter(), Counter()
+        self.known = {p.untyped_storage()._cdata: None for p in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known[storage._cdata] = [self.what, storage.nbytes()]
+                self.add(self.what, storage.nbytes())
+                weakref.finalize(storage, self.gone, storage._cdata)
+        return out
+
+    def add(self, what, n):
+        self.live[what] += n
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    def gone(self, key):
+        what, n = self.known.pop(key)
+        self.live[what] -= n
+
+    def is_gradient(self, p):
+        """Say so of what p has got."""
+        entry = self.known[p.grad.untyped_storage()._cdata]
+        self.live[entry[0]] -= entry[1]
+        self.live["gradients"] += entry[1]
+        entry[0] = "gradients"
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        before, self.what = self.what, "head" if name == "head" else "activations"
+        yield
+        self.what = before
+
+
+def on_paper(config, s, stage):
+    """(mode, model, [the runs of a micro-batch]) of settings s on fake tensors: 20 steps, those with most to read last.
+
+    config: of load_config(). stage: {diffusion, lm, distill}, the weights of its losses.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), mode:
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=weights_type(s["use_lora"], device_type(s)))
+        model = DiffusionLM(lm, **model_settings(s)).train()
+    checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
+    model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
+    freeze(model, "everything" if stage["diffusion"] else "AR model")
+    micro_batches, windows = [], s["batch_size"] * s["gradient_accumulation_steps"]
+    for step in range(20):
+        noise = draw_noise(windows, s["max_seq_length"], s["num_timesteps"], derived_seed("noise", s["seed"], 2, step),
+                           s["block_size"], s["full_mask_share"])
+        ids = torch.zeros(windows, s["max_seq_length"], dtype=torch.long)
+        runs = runs_of(model, ids, *noise, [stage[k] for k in ("diffusion", "lm", "distill")], s["batch_size"])
+        micro_batches += zip(*[iter(runs)] * (len(runs) // s["gradient_accumulation_steps"]), strict=True)
+    return mode, model, sorted(micro_batches, key=lambda runs: sum(len(run[3]) for run in runs))
+
+
+def device_type(s):
+    """What kind of device settings ask for; cuda may be named where there is none, to see what it would take."""
+    return pick_device("auto").type if s["device"] == "auto" else s["device"].partition(":")[0]
+
+
+def estimate(config, s, stage):
+    """GB at the peak of a step by part: process (of a CPU), weights, gradients, optimizer, activations, head; total.
+
+    config, s, stage: of on_paper(). process is what this process has taken so far. Raises UserError for an architecture
+    whose step depends on its data.
+    """
+    global phase
+    mode, model, micro_batches = on_paper(config, s, stage)
+    runs = micro_batches[-1] * (1 + (s["gradient_accumulation_steps"] > 1))  # gradients add up from the second on
+    live, usual = LiveBytes(model), phase
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def has_gradient(p):
+        live.is_gradient(p)
+        if s["optimizer_in_backward"] and model.updates["last"]:
+            p.grad = None
+    for p in params:
+        p.register_post_accumulate_grad_hook(has_gradient)
+    model.updates = {"last": False, "norms": []}
+    amp = torch.autocast("cpu", getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32")
+    with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), mode, live:
+        phase = live.phase
+        try:
+            backpropagate(model, runs, torch.amp.GradScaler("cpu", enabled=False), amp, 0)
+        finally:
+            phase = usual
+    held = (*model.parameters(), *model.buffers())
+    state = sum(8 * p.numel() if p.numel() < 4096 or not s["use_8bit_adam"] else 2 * p.numel() + p.numel() // 32
+                for p in params)  # bitsandbytes keeps small ones in 32 bits, and two scales for each 256 numbers
+    parts = {"process": memory_gb(torch.device("cpu"))[0] * 1e9 * (device_type(s) == "cpu"),
+             "weights": sum(x.numel() * x.element_size() for x in held), "gradients": 0, "optimizer": state,
+             "activations": 0, "head": 0} | live.peak
+    return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
+
+
+def ladder(config, s, stage, limit):
+    """([(the means so far, GB)], whether it fits, the largest batch_size): what to switch on to stay below limit GB.
+
+    From none of MEANS on, those that cost least first; one that saves nothing is left out.
+    """
+    s = s | {"optimizer_in_backward": False, "use_8bit_adam": False, "use_gradient_checkpointing": False,
+             "checkpoint_share": 1.0}
+    rungs = [{"optimizer_in_backward": True}] * (s["dtype"] != "float16") + [{"use_8bit_adam": True}]
+    rungs += [{"use_gradient_checkpointing": True, "checkpoint_share": share} for share in (0.25, 0.5, 0.75, 1.0)]
+    size, steps = s["batch_size"], s["gradient_accumulation_steps"]
+    while size > 1:
+        size, steps = size // 2, steps * 2
+        rungs.append({"batch_size": size, "gradient_accumulation_steps": steps})
+    rungs += [{"use_lora": True}] * bool(not s["use_lora"] and stage["diffusion"])
+    total = estimate(config, s, stage)["total"]
+    climbed = [({}, total)]
+    for rung in rungs:
+        if total <= limit:
+            break
+        new = estimate(config, s | rung, stage)["total"]
+        if new < 0.99 * total:
+            s, total = s | rung, new
+            climbed.append((climbed[-1][0] | rung, total))
+    one, two = (estimate(config, s | {"batch_size": n}, stage)["total"] for n in (1, 2))
+    return climbed, total <= limit, max(0, 1 + math.floor((limit - one) / (two - one)))
+
+
+def print_memory(parts, climbed, fits, largest, limit):
+    """What estimate() and ladder() found, for people."""
+    print("memory, estimated as set: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v) + " GB")
+    for means, total in climbed:
+        print(f"{total:8.2f} GB  {' '.join(f'--{k}={v}' for k, v in means.items()) or 'with no means to save any'}")
+    print(f"{'fits' if fits else 'does not fit'} {limit:.1f} GB (max_memory_gb); largest batch_size so: {largest}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation, checkpoints, log
 @torch.no_grad()
 def evaluate(model, windows, text_bytes, amp, noise_seed, micro_batch):
     """On windows (n, T) with fixed noise, the model in eval mode: eval_nelbo (nats a token), eval_bpb, ..., ar_ppl."""
     ids = torch.from_numpy(windows.astype(np.int64))
     t, noise = draw_noise(*ids.shape, model.num_timesteps, noise_seed, model.block_size)
-    nelbo, causal = (sum(losses(model, ids, t, noise, which, amp, micro_batch)).item() for which in ((1, 0), (0, 1)))
+
+    def loss(run):
+        with amp:
+            return model.loss(*run)
+    nelbo, causal = (sum(map(loss, runs_of(model, ids, t, noise, weights, micro_batch))).item()
+                     for weights in ((1, 0), (0, 1)))
     bits = nelbo * (ids[:, int(model.logit_shift):] >= 0).sum().item() / math.log(2)
     return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / max(1, text_bytes),
             "ar_ppl": math.exp(min(causal, 700))}
@@ -1521,11 +1812,33 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print()
 
 
+def plan_memory(settings, out, limit):
+    """Print what estimate() and ladder() find; with auto_memory switch on what it takes, {setting: value}.
+
+    A run that goes on keeps what it chose at its start.
+    """
+    newest = [Path(checkpoint)] * bool(checkpoint) or checkpoints(out)[:1] * resume
+    if auto_memory and newest and is_whole(newest[0]):
+        means = {k: read_record(newest[0])["settings"][k] for k in MEANS}
+    else:
+        config = load_config(model_name, model_config, byte_tokenizer() if tokenizer_name == "bytes" else None)
+        stage = all_losses(make_stages(1, 1, 0))
+        parts, (climbed, fits, largest) = estimate(config, settings, stage), ladder(config, settings, stage, limit)
+        print_memory(parts, climbed, fits, largest, limit)
+        means = climbed[-1][0]
+        means |= {k: False for k in ("optimizer_in_backward", "use_8bit_adam", "use_gradient_checkpointing")
+                  if k not in means}
+    if auto_memory:
+        print("auto_memory: " + " ".join(f"--{k}={v}" for k, v in means.items()))
+        globals().update(means)
+    return means if auto_memory else {}
+
+
 def find_run(out, settings):
     """(state, the checkpoint to go on from or None). UserError rather than write over a run."""
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped": 0, "skipped_in_a_row": 0,
              "micro_batch": batch_size, "ar_ppl_before": None, "best_nelbo": None, "log_bytes": 0, "wandb_id": "",
-             "on_policy": ""}
+             "on_policy": "", "grad_norm": 0.0}
     here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
     if not (resume and not checkpoint or here or dry_run) and (checkpoints(out) or (out / "final").exists()):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts another")
@@ -1546,12 +1859,55 @@ def find_run(out, settings):
     if here and any(int(p.name[11:]) > record["state"]["total"] for p in checkpoints(out)):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... starts beside it from this one")
     no_matter = {"resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "num_proc", "save_steps", "eval_steps",
-                 "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb"}
+                 "log_steps", "keep_checkpoints", "sample_prompt", "use_wandb", "wandb_project", "max_memory_gb",
+                 "auto_memory"}
     changed = [f"{k} {record['settings'].get(k)!r} -> {v!r}" for k, v in settings.items()
                if k not in no_matter and record["settings"].get(k) != v]
     print(f"resume: {source}" + f"; no longer the run it was: {', '.join(changed)}" * bool(changed))
     state |= record["state"]
     return state | {"micro_batch": min(batch_size, state["micro_batch"])}, source
+
+
+# ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact --------------------
+def train_step(model, optimizer, scaler, amp, stage, sources, where, state):
+    """One optimizer step, of windows from sources [(windows, how many)] at where (seed, stage, step).
+
+    Returns its loss and the norm of its gradient, (2,), still on the device: nothing here waits for that, but for an
+    8-bit optimizer and a scaler. A step of which either is not finite changes no weight.
+    """
+    with phase("data"):
+        ids = torch.cat([get_batch(windows, n, *where) for windows, n in sources if n])  # (N, T)
+        t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where),  # (N, blocks), (N, T)
+                              block_size, full_mask_share)
+    params, device = [p for group in optimizer.param_groups for p in group["params"]], model.mask_embedding.device
+    rate = lr_factor(where[2], stage["steps"], stage["warmup"], lr_schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * stage["lr_scale"] * rate
+    if model.updates:
+        model.updates |= {"norms": [], "clip": clip_factor(model.updates["norm"], max_grad_norm)}
+
+    def work(micro_batch):
+        runs = runs_of(model, ids, t, noise, [stage[k] for k in ("diffusion", "lm", "distill", "own")], micro_batch)
+        return backpropagate(model, runs, scaler, amp, derived_seed("dropout", *where))
+    loss = halving_when_out_of_memory(state, device, work)
+    with phase("optimizer"):
+        if model.updates:
+            for p in params:
+                if p.grad is not None:  # the last run did not reach it
+                    model.updates["update"](p)
+            norm = model.updates["norm"] = torch.linalg.vector_norm(torch.stack(model.updates["norms"]))
+            return torch.stack([loss, norm])
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
+        finite = loss.isfinite() & norm.isfinite()
+        if isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled():
+            optimizer.found_inf = 1 - finite.float()  # where it is 1 the fused kernel changes nothing
+            optimizer.step()
+        elif scaler.is_enabled() or finite:  # the scaler skips by itself, and lowers its scale
+            scaler.step(optimizer)
+        scaler.update()
+        return torch.stack([loss, norm])
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv):
@@ -1580,6 +1936,8 @@ def main(argv):
                         "--on_policy_share=0.25, or --use_lora, which leaves the AR model alone")
     if on_policy_tokens and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1:
         raise UserError("on_policy_share: a step of one window cannot be shared; more gradient_accumulation_steps")
+    if optimizer_in_backward and dtype == "float16":
+        raise UserError("optimizer_in_backward: not with float16, whose gradients are scaled; --dtype=bfloat16")
     if use_lora and stage0_epochs:
         raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
     if use_lora and stage3_epochs:
@@ -1593,15 +1951,13 @@ def main(argv):
     if place.type == "cuda" and max_memory_gb:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / device_gb), place)
     print(f"device: {place}, {amp.fast_dtype}, {memory_limit:.1f} GB")
+    if auto_memory or dry_run:
+        settings |= plan_memory(settings, out, memory_limit)
     state, source = find_run(out, settings)  # state is all that a resume needs beside weights and optimizer
 
     # -- model, data, stages
     torch.manual_seed(seed)
-    ours = {"num_timesteps": num_timesteps, "noise_schedule": noise_schedule, "logit_shift": logit_shift,
-            "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention,
-            "block_size": block_size, "lora": None}
-    if use_lora:
-        ours["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "targets": lora_targets}
+    ours = model_settings(settings)
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
     model, tokenizer = load_model(*names, place.type, **ours)
     if block_size and max_seq_length % block_size:
@@ -1636,22 +1992,7 @@ def main(argv):
     if disk > free:
         raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
                         f"more and final/ need {disk / 1e9:.1f}")
-    checkpointing = use_gradient_checkpointing and model.lm.supports_gradient_checkpointing
-    if use_gradient_checkpointing and not checkpointing:
-        print("use_gradient_checkpointing: goes on without, this architecture has none")
-    elif checkpointing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if block_size and place.type == "cuda":
-        try:
-            if getattr(model.lm.config.get_text_config(), "attention_dropout", 0):
-                raise ValueError("it has attention dropout")
-            model.lm.set_attn_implementation("flex_attention")
-        except ValueError as error:
-            print(f"block_size: attention by a mask tensor, this model has no flex_attention: {first_line(error)}")
-    if compile_model:
-        compile_layers(model)
-    # not with checkpointing, which would lose the cache, nor compiled, where a cache has each layer compile by itself
-    model.context_apart = bool(block_size and use_lora and not compile_model and not checkpointing)
+    set_up(model, place)
     model.train()
 
     # -- the log
@@ -1731,7 +2072,7 @@ def main(argv):
         signal.signal(number, on_signal)
 
     # -- the loop
-    training, seconds, warned = None, [], False
+    training, seconds, warned, pending, hooks = None, [], False, [], []
     if source and not dry_run:
         training = torch.load(source / "training.pt", weights_only=True, map_location="cpu")
         if any(read_record(source)["settings"][k] != settings[k] for k in ("use_8bit_adam", "dtype")):
@@ -1758,6 +2099,9 @@ def main(argv):
             writes = False
         params = freeze(model, stage["trains"])
         optimizer = make_optimizer(params, learning_rate, (beta1, beta2), weight_decay, use_8bit_adam, place)
+        for hook in hooks:
+            hook.remove()
+        hooks = update_in_backward(model, params, optimizer, state["grad_norm"]) if optimizer_in_backward else []
         scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")
         if training:
             optimizer.load_state_dict(training["optimizer"])
@@ -1768,47 +2112,40 @@ def main(argv):
             if not dry_run and (state["step"] == 0 or state["total"] % eval_steps == 0):
                 halving_when_out_of_memory(state, place, evaluation)
 
-            # ---- one step: data, noise and dropout are functions of (seed, stage, step), so a resume is exact ------
-            start, where = time.perf_counter(), (seed, number, state["step"])
-            parts = (own, stage["own"]), (windows, per_step - stage["own"])
-            ids = torch.cat([get_batch(part, n, *where) for part, n in parts if n])  # (N, T)
-            t, noise = draw_noise(*ids.shape, num_timesteps, derived_seed("noise", *where),  # (N, blocks), (N, T)
-                                  block_size, full_mask_share)
-            rate = lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * stage["lr_scale"] * rate
-            loss = halving_when_out_of_memory(state, place, backpropagate, model, ids, t, noise, stage, scaler, amp,
-                                              derived_seed("dropout", *where))
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the device
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if finite or scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-                scaler.step(optimizer)
-            scaler.update()
-            seconds.append(time.perf_counter() - start)
-            # --------------------------------------------------------------------------------------------------------
-
-            state |= {"step": state["step"] + 1, "total": state["total"] + 1, "tokens": state["tokens"] + ids.numel(),
-                      "losses": state["losses"] + [loss] * finite, "skipped": state["skipped"] + (not finite),
-                      "skipped_in_a_row": 0 if finite else state["skipped_in_a_row"] + 1}
+            start = time.perf_counter()
+            sources = (own, stage["own"]), (windows, per_step - stage["own"])
+            pending.append(train_step(model, optimizer, scaler, amp, stage, sources, (seed, number, state["step"]),
+                                      state))
+            state |= {"step": state["step"] + 1, "total": state["total"] + 1,
+                      "tokens": state["tokens"] + per_step * max_seq_length}
             bar.update()
-            if debug:
-                tqdm.write(f"ids {tuple(ids.shape)}, t {t.tolist()[:8]}, loss {loss}, grad_norm {grad_norm}")
-            if not finite:
-                tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {grad_norm}")
-                if debug or state["skipped_in_a_row"] == 10:
-                    raise Failure(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
-                                  "learning_rate, or dtype bfloat16 or float32")
+            last = state["step"] == steps
+            due = last or signals or debug or dry_run or any(
+                n and state["total"] % n == 0 for n in (log_steps, eval_steps, save_steps))
+            if due:  # waits for the device, so not at each step
+                for n, (loss, grad_norm) in enumerate(torch.stack(pending).tolist(), 1 - len(pending)):
+                    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+                    state |= {"losses": state["losses"] + [loss] * finite, "skipped": state["skipped"] + (not finite),
+                              "grad_norm": grad_norm,
+                              "skipped_in_a_row": 0 if finite else state["skipped_in_a_row"] + 1}
+                    if debug:
+                        tqdm.write(f"step {state['total'] + n}: loss {loss}, grad_norm {grad_norm}")
+                    if not finite:
+                        tqdm.write(f"warning: step {state['total'] + n} skipped: loss {loss}, grad_norm {grad_norm}")
+                        if debug or state["skipped_in_a_row"] == 10:
+                            raise Failure(f"{state['skipped_in_a_row']} steps in a row were not finite; try a lower "
+                                          "learning_rate, or dtype bfloat16 or float32")
+                pending = []
+            seconds.append(time.perf_counter() - start)
             memory = memory_gb(place)[0]
             if memory > 0.9 * memory_limit and not warned:
                 warned = True
                 tqdm.write(f"warning: {memory:.1f} GB in use, more than 90 % of {memory_limit:.1f} (max_memory_gb)")
-            last = state["step"] == steps
             if not dry_run and (last or state["total"] % log_steps == 0):
                 row = {"loss": statistics.fmean(state["losses"] or [math.nan]), "lr": optimizer.param_groups[0]["lr"],
                        "grad_norm": grad_norm if finite else math.nan, "tokens": state["tokens"],
-                       "tokens_per_s": round(ids.numel() / statistics.fmean(seconds)), "memory_gb": round(memory, 2)}
+                       "tokens_per_s": round(per_step * max_seq_length / statistics.fmean(seconds)),
+                       "memory_gb": round(memory, 2)}
                 log(row)
                 left = timedelta(seconds=round((total_steps - state["total"]) * statistics.fmean(seconds)))
                 tqdm.write(f"{progress()}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {grad_norm:7.3f}  "
