@@ -400,9 +400,11 @@ def timed_training(works, s):
         for _ in range(s["burn_in"]):
             for ask in asks:
                 ask("step")
-        rounds = [[ask("step") for ask in asks] for _ in range(s["steps"])]
-        ours = works[0][0] is our_training
-        parts = [asks[0]("split")["parts"] for _ in range(max(3, s["steps"] // 2))] if ours else []
+        ours, rounds, parts = works[0][0] is our_training, [], []
+        for _ in range(s["steps"]):
+            rounds.append([ask("step") for ask in asks])
+            split_rows = [ask("split") for ask in asks]  # of both, so that neither has the machine to itself
+            parts += [split_rows[0]["parts"]] * ours
         if ours and s["profile"]:
             print(asks[0]("profile")["operators"])
     rows = [r[0] for r in rounds]
@@ -478,14 +480,13 @@ def cells(text, settings):
     values, name = {}, ""
     for item in filter(None, text.replace(" ", "").split(",")):
         key, given, value = item.partition("=")
-        if given or key in settings:
-            name, item = key, value
+        if given or key in settings or not name:
+            name = key
             values[name] = []
-        if not name:
-            raise UserError(f"sweep: there is no setting '{key}'")
-        if given or item != key and not given or key not in settings:
+        if given or key != name or key not in settings:
             rule = (convert.allowed | allowed).get(name)
-            values[name].append(checked(name, from_flag(name, item, settings), settings, rule, "sweep"))
+            new = from_flag(name, value if given else item, settings)
+            values[name].append(checked(name, new, settings, rule, "sweep"))
     for name, found in values.items():
         now = settings[name]
         if not found and isinstance(now, bool):

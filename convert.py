@@ -1038,6 +1038,8 @@ def read_corpus(name, config, column, cache, answered=False):
                 "data_files": [glob.escape(str(p)) for p in files]}
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
+            if len(files) == 1:  # by line, or a large file would be in memory as a whole
+                what |= {"sample_by": "line", "keep_linebreaks": True}
     import datasets  # slow to import, and pydoc does not need it
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises as well
     if not sys.stderr.isatty():
@@ -1063,8 +1065,9 @@ def read_corpus(name, config, column, cache, answered=False):
     head = [text or "" for text in train[:1000]]
     if not any(head) or not all(isinstance(text, str) for text in head):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
-    if len(train) == 1:  # one file of text: its lines, of which some are held out
-        train = re.findall(r"[^\n]{1,2000}\n*|\n+", head[0])
+    if "keep_linebreaks" in what:  # one file of text: its lines, of which some are held out
+        if len(train) < 1000:
+            train = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
         return train, None, max(2, min(256, len(train) // 50)), key, False
     line_like = sum(not text or text.find("\n") == len(text) - 1 for text in head)  # "" or one line with its end
     one_text = line_like > 0.98 * len(head) and what["path"] != "text"
@@ -1595,9 +1598,17 @@ def on_paper(config, s, stage):
     config: of load_config(). stage: {diffusion, lm, distill}, the weights of its losses.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), mode:
+    with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=weights_type(s["use_lora"], device_type(s)))
         model = DiffusionLM(lm, **model_settings(s)).train()
+    made = {}  # a tied weight once
+    with mode:
+        for named in (x for m in model.modules() for x in (m._parameters, m._buffers)):
+            for name, x in named.items():
+                if x is not None and x not in made:
+                    y = torch.empty_like(x, device="cpu")
+                    made[x] = nn.Parameter(y) if isinstance(x, nn.Parameter) else y
+                named[name] = made.get(x)
     checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
     model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
     freeze(model, "everything" if stage["diffusion"] else "AR model")

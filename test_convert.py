@@ -30,11 +30,13 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
+import bench
 import configurator
 import convert
 import sample
 
 HERE = Path(__file__).parent
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SCHEDULES = ["cosine", "linear", "polynomial", "sqrt"]
 SPECIAL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 COMMON = SPECIAL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -65,6 +67,11 @@ def random_lm(family, **more):
 def diffusion(lm, schedule="cosine", T=1000, shift=True, time_embedding=True, bidirectional=True, block_size=0,
               lora=None):
     return convert.DiffusionLM(lm, T, schedule, shift, time_embedding, bidirectional, block_size, lora).eval()
+
+
+def backpropagate(model, ids, t, noise, weights, micro_batch):
+    runs = convert.runs_of(model, ids, t, noise, weights, micro_batch)
+    return convert.backpropagate(model, runs, NO_SCALER, contextlib.nullcontext(), 0)
 
 
 def setup(schedule="cosine", T=1000, shift=True):
@@ -114,9 +121,7 @@ def test_the_loss_and_its_gradient_equal_a_brute_force_sum(shift, micro_batch):
     model = diffusion(random_lm("llama"), "linear", 10, shift)
     ids = torch.randint(0, 99, (5, 12), generator=torch.Generator().manual_seed(1))
     t, noise = convert.draw_noise(5, 12, 10, 0)
-    stage = {"diffusion": 1, "lm": 0.5, "distill": 0, "own": 0}
-    scaler, amp = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
-    loss = convert.backpropagate(model, ids, t, noise, stage, scaler, amp, 0, micro_batch)
+    loss = backpropagate(model, ids, t, noise, (1, 0.5), micro_batch)
     gradient = model.mask_embedding.grad.clone()
 
     model.zero_grad()
@@ -179,9 +184,7 @@ def test_who_knows_scores_0_and_a_uniform_guess_log_v():
 def test_a_batch_with_no_masked_token_has_a_finite_loss_and_gradient(family):
     model = diffusion(random_lm(family)).train()
     ids, t = torch.randint(0, 99, (2, 8)), torch.tensor([[1], [1]])
-    loss = convert.backpropagate(model, ids, t, torch.ones(2, 8).double(),
-                                 {"diffusion": 1, "lm": 0, "distill": 0, "own": 0},
-                                 torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
+    loss = backpropagate(model, ids, t, torch.ones(2, 8).double(), (1, 0), 2)
     assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -275,8 +278,7 @@ def test_training_keeps_the_causal_mode_equal_to_the_hugging_face_model_with_the
     optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
     for step in range(3):
         ids, (t, noise) = torch.randint(0, 99, (4, 16)), convert.draw_noise(4, 16, 1000, step)
-        convert.backpropagate(model, ids, t, noise, {"diffusion": 1, "lm": 0.5, "distill": 0, "own": 0},
-                              torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
+        backpropagate(model, ids, t, noise, (1, 0.5), 2)
         optimizer.step()
     assert model.time_mlp[2].weight.abs().max() > 0, "the time embedding learns"
     model.eval().set_causal(False)
@@ -505,7 +507,7 @@ def test_the_loss_of_blocks_equals_a_brute_force_sum(shift, share):
     ids = torch.randint(0, 99, (3, 12), generator=torch.Generator().manual_seed(1))
     t, noise = convert.draw_noise(3, 12, 10, 0, 4, share)
     assert (t > 10).float().mean() == pytest.approx(share, abs=0.12)
-    loss = sum(convert.losses(model, ids, t, noise, (1, 0.5, 0.7), contextlib.nullcontext(), 2)).item()
+    loss = sum(model.loss(*run) for run in convert.runs_of(model, ids, t, noise, (1, 0.5, 0.7), 2)).item()
     expected, count = 0.0, 3 * (12 - shift)
     for b in range(3):
         model.set_causal(True)
@@ -551,8 +553,7 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(tmp_pa
         optimizer = torch.optim.AdamW(convert.freeze(model, "everything"), 1e-2)
         for step in range(2):
             noise = convert.draw_noise(4, 16, 1000, step, size)
-            convert.backpropagate(model, ids, *noise, {"diffusion": 1, "lm": 0, "distill": 0.5 * bool(size), "own": 0},
-                                  torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0, 2)
+            backpropagate(model, ids, *noise, (1, 0, 0.5 * bool(size)), 2)
             optimizer.step()
         assert all(p.grad is not None for p in params)
         model.eval().set_causal(True)
@@ -1303,10 +1304,97 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(con
     assert code == 1 and "10 steps in a row" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["--gradient_accumulation_steps=2"], ["--use_gradient_checkpointing"],
+                                   ["--block_size=4", "--distill_weight=1"]])
+def test_an_optimizer_in_backward_takes_the_same_steps_and_leaves_no_gradient(convert_main, monkeypatch, flags):
+    step, left = convert.train_step, []
+
+    def watched(model, *args):
+        result = step(model, *args)
+        left.append(sum(p.grad is not None for p in model.parameters()))
+        return result
+    monkeypatch.setattr(convert, "train_step", watched)
+    assert convert_main(*TINY, *flags, "--max_grad_norm=0")[0] == 0 and all(left)
+    left.clear()
+    code, _, err = convert_main(*TINY, *flags, "--max_grad_norm=0", "--out_dir=b", "--optimizer_in_backward")
+    assert code == 0 and not any(left), err
+    for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
+        assert a.get("loss") == b.get("loss") and a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0))
+
+
+def test_in_backward_gradients_are_clipped_by_the_norm_before_and_a_bad_one_does_no_harm():
+    lm = random_lm("llama")
+    model = diffusion(lm).train()
+    params = convert.freeze(model, "everything")
+    optimizer = torch.optim.SGD(params, 1.0)
+    convert.update_in_backward(model, params, optimizer, 10.0)
+    model.updates |= {"last": True, "clip": convert.clip_factor(model.updates["norm"], 2.0)}
+    weight = lm.lm_head.weight
+    before = weight.detach().clone()
+    (weight * 3).sum().backward()
+    torch.testing.assert_close(before - weight, torch.full_like(before, 3 * 2 / 10), rtol=1e-4, atol=1e-5)
+    assert torch.stack(model.updates["norms"]).norm().item() == pytest.approx(3 * before.numel() ** 0.5)
+    before = weight.detach().clone()
+    (weight * math.nan).sum().backward()
+    assert weight.equal(before) and not torch.stack(model.updates["norms"]).norm().isfinite()
+    for norm, expected in ((0.0, 1), (1.0, 1), (4.0, 0.5), (math.inf, 1), (math.nan, 1)):
+        assert convert.clip_factor(torch.tensor(norm), 2.0).item() == pytest.approx(expected)
+
+
+def test_what_runs_out_of_memory_among_its_updates_is_not_run_again(convert_main, monkeypatch):
+    update, calls = torch.optim.AdamW.step, itertools.count()
+
+    def limited(self, *args):
+        if next(calls) == 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", limited)
+    code, _, err = convert_main(*TINY, "--optimizer_in_backward")
+    assert code == 1 and "--resume" in err and err.count("\n") == 1
+
+
+def test_a_bad_step_changes_no_weight_and_no_state():
+    model = diffusion(random_lm("llama")).train()
+    params = convert.freeze(model, "everything")
+    windows, stage = np.random.default_rng(0).integers(0, 99, (8, 16)), dict.fromkeys(("lm", "distill", "own"), 0)
+    stage |= {"diffusion": 1.0, "steps": 10, "warmup": 0, "lr_scale": 1}
+    for use_8bit in (False, True):
+        optimizer = convert.make_optimizer(params, 1e-3, (0.9, 0.95), 0.01, use_8bit, torch.device("cpu"))
+        for step in range(2):
+            stage["diffusion"] = math.nan if step else 1.0
+            kept = [p.detach().clone() for p in params]
+            loss, _ = convert.train_step(model, optimizer, NO_SCALER, contextlib.nullcontext(), stage, [(windows, 8)],
+                                         (0, 2, step), {"micro_batch": 4})
+            assert loss.isfinite() == (not step)
+            assert all(p.equal(k) for p, k in zip(params, kept, strict=True)) == bool(step)
+        assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_the_optimizer_in_backward_resumes_exactly(convert_main):
+    flags = [*TINY, "--optimizer_in_backward", "--max_grad_norm=0.5"]
+    assert convert_main(*flags)[0] == 0
+    whole = rows_of("out")
+    convert.shutil.rmtree("out/final")
+    convert.shutil.rmtree("out/checkpoint_12")
+    assert convert_main(*flags, "--resume", "--checkpoint=out/checkpoint_9")[0] == 0
+    same = ("step", "loss", "grad_norm", "eval_nelbo")
+    assert [[r.get(k) for k in same] for r in rows_of("out")] == [[r.get(k) for k in same] for r in whole]
+
+
+def test_a_compiled_run_has_one_graph_a_mode(convert_main):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    code, out, err = convert_main(*TINY, NO_DROPOUT, "--compile_model", "--stage1_epochs=0")
+    assert code == 0 and "goes on without" not in out, err
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2 + 1, "the causal one and the other, for all layers and stages; and the trial of compile_layers()"
+
+
 def test_dry_run_tells_the_cost_and_leaves_out_dir_alone(convert_main):
     code, out, err = convert_main(*TINY, "--dry_run", "--max_steps=4000")
     assert code == 0 and not err and not Path("out").exists()
-    for word in ("gpt2, 2 layers", "probe", "hours", "memory", "on the host", "disk", "1 attention"):
+    for word in ("estimated as set: process", "fits", "gpt2, 2 layers", "probe", "hours", "memory", "on the host",
+                 "disk", "1 attention"):
         assert word in out
     assert out.count(" s a step, ") == 4
 
@@ -1317,6 +1405,7 @@ def test_debug_stops_after_20_steps(convert_main):
 
 
 @pytest.mark.parametrize("flags, tolerance", [(["--use_gradient_checkpointing"], 1e-5), (["--compile_model"], 1e-3),
+                                              (["--use_gradient_checkpointing", "--checkpoint_share=0.5"], 1e-5),
                                               (["--dtype=bfloat16"], 0.02), (["--dtype=float16"], 0)])
 def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, monkeypatch, flags, tolerance):
     block, calls = GPT2MLP.forward, []
@@ -1324,7 +1413,9 @@ def test_a_means_to_save_time_or_memory_changes_no_loss(convert_main, monkeypatc
     assert convert_main(*TINY, NO_DROPOUT, "--max_steps=8")[0] == 0
     once = len(calls)
     code, out, err = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", *flags)
-    assert (len(calls) > 2 * once) == (flags == ["--use_gradient_checkpointing"]), "layers run again"
+    again = flags.count("--use_gradient_checkpointing") * (0.5 if len(flags) > 1 else 1)
+    if "--compile_model" not in flags:  # there it is not called
+        assert len(calls) - 2 * once == again * 2 * 10, "of 2 layers in 10 runs, two of them in each step of recovery"
     assert code == 0 and ("float16 on a CPU becomes float32" in err) == (flags == ["--dtype=float16"])
     assert "goes on without" not in out
     for a, b in zip(rows_of("out"), rows_of("b"), strict=True):
@@ -1450,6 +1541,158 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
 
 # ----------------------------------------------------------------------------------------------------------------------
 # On a GPU: pytest -m cuda, two minutes
+def small_settings(**more):
+    config = {k: vars(convert)[k] for k in configurator.names_of(vars(convert))} | {
+        "device": "cpu", "dtype": "float32", "batch_size": 4, "gradient_accumulation_steps": 1, "max_seq_length": 64,
+        "use_8bit_adam": False, "compile_model": False, "use_gradient_checkpointing": False}
+    return config | more
+
+
+ALL = {"diffusion": 1, "lm": 1, "distill": 0}
+PAPER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 999}
+
+
+@pytest.mark.parametrize("family, more", [
+    ("llama", {}), ("llama", {"use_gradient_checkpointing": True}), ("llama", {"optimizer_in_backward": True}),
+    ("llama", {"block_size": 4}), ("llama", {"block_size": 4, "use_lora": True, "lora_rank": 4}),
+    ("llama", {"dtype": "bfloat16"}), ("llama", {"gradient_accumulation_steps": 2}), ("gemma2", {}), ("gpt2", {})])
+def test_memory_on_paper_is_what_the_same_step_takes(family, more):
+    config = random_lm(family, **PAPER if family != "gpt2" else {}).config
+    stage = {"diffusion": 1, "lm": not more.get("use_lora") and 0.5, "distill": 0}
+    s = small_settings(**more)
+    paper = convert.estimate(config, s, stage)
+
+    torch.manual_seed(0)
+    model = diffusion(AutoModelForCausalLM.from_config(config), **{
+        "block_size": s["block_size"], "lora": convert.model_settings(s)["lora"]}).train()
+    runs = convert.on_paper(config, s, stage)[2][-1] * s["gradient_accumulation_steps"]
+    if s["use_gradient_checkpointing"]:
+        convert.checkpoint_layers(model, 1.0)
+    model.context_apart = bool(s["block_size"] and s["use_lora"])
+    params = convert.freeze(model, "everything")
+    assert paper["weights"] * 1e9 == pytest.approx(sum(
+        x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers())))
+    assert paper["optimizer"] * 1e9 == sum(p.numel() * 8 for p in params)
+    if s["optimizer_in_backward"]:
+        convert.update_in_backward(model, params, torch.optim.SGD(params, 0.1), 0.0)
+        model.updates["clip"] = 1.0
+    live = convert.LiveBytes(model)
+    amp = torch.autocast("cpu", torch.bfloat16, enabled=s["dtype"] == "bfloat16")
+    with live:
+        convert.backpropagate(model, runs, NO_SCALER, amp, 0)
+    on_paper = sum(paper[k] for k in ("gradients", "activations", "head")) * 1e9
+    assert on_paper == pytest.approx(live.peak.total(), rel=0.05)
+
+
+def test_estimates_grow_with_batch_length_and_layers_and_shrink_with_each_means():
+    config = random_lm("llama", **PAPER).config
+    deeper = random_lm("llama", **PAPER | {"num_hidden_layers": 6}).config
+
+    def activations(config=config, **more):
+        return convert.estimate(config, small_settings(**more), ALL)["activations"]
+    once = activations()
+    assert activations(batch_size=8) == pytest.approx(2 * once, rel=0.1)
+    assert activations(max_seq_length=128) == pytest.approx(2 * once, rel=0.1)
+    assert 1.5 * once < activations(deeper) < 2.1 * once
+    shares = [activations(use_gradient_checkpointing=True, checkpoint_share=x) for x in (0, 0.34, 0.67)]
+    assert once == shares[0] > shares[1] > shares[2]
+    plain, eight, freed = (convert.estimate(config, small_settings(**more), ALL) for more in (
+        {}, {"use_8bit_adam": True}, {"optimizer_in_backward": True}))
+    assert eight["optimizer"] < 0.4 * plain["optimizer"] and eight["weights"] == plain["weights"]
+    assert freed["total"] <= plain["total"]
+
+
+def test_the_ladder_takes_the_cheapest_means_that_help_and_no_more(monkeypatch):
+    def on_paper(config, s, stage):
+        total = 10 - 2 * s["use_8bit_adam"] - 3 * s["use_gradient_checkpointing"] * s["checkpoint_share"]
+        return {"total": total + s["batch_size"] - 8 * s["use_lora"]}
+    monkeypatch.setattr(convert, "estimate", on_paper)
+    s = small_settings(batch_size=4, use_8bit_adam=True)
+    for limit, means, fits, largest in (
+            (14, {}, True, 4), (12, {"use_8bit_adam": True}, True, 4),
+            (10.6, {"use_8bit_adam": True, "use_gradient_checkpointing": True, "checkpoint_share": 0.5}, True, 4),
+            (7.5, {"use_8bit_adam": True, "use_gradient_checkpointing": True, "checkpoint_share": 1.0, "batch_size": 2,
+                   "gradient_accumulation_steps": 2}, True, 2), (-9, {"use_lora": True}, False, 0)):
+        climbed, ok, most = convert.ladder(None, s, {"diffusion": 1}, limit)
+        assert (means.items() <= climbed[-1][0].items(), ok, most) == (True, fits, largest), limit
+        assert "optimizer_in_backward" not in climbed[-1][0], "it saves nothing here"
+        assert climbed[0][0] == {} and [gb for _, gb in climbed] == sorted((gb for _, gb in climbed), reverse=True)
+
+
+def test_auto_memory_switches_on_what_it_takes_and_a_resume_keeps_it(convert_main, monkeypatch):
+    monkeypatch.setattr(convert, "estimate", lambda config, s, stage: {
+        "total": 10 - 2 * s["use_8bit_adam"] - 3 * s["use_gradient_checkpointing"] * s["checkpoint_share"]
+        + s["batch_size"] - 4})
+    wanted = "auto_memory: --optimizer_in_backward=False --use_8bit_adam=True --use_gradient_checkpointing=False\n"
+    code, out, err = convert_main(*TINY, "--auto_memory", "--max_memory_gb=8")
+    assert code == 0 and "".join(sorted(wanted)) in ["".join(sorted(x + "\n")) for x in out.splitlines()], out
+    convert.shutil.rmtree("out/final")
+    code, out, _ = convert_main(*TINY, "--auto_memory", "--max_memory_gb=5", "--resume")
+    assert code == 0 and "no longer the run" not in out and "--use_8bit_adam=True" in out
+
+
+@pytest.fixture
+def bench_main(monkeypatch, tmp_path, capsys):
+    settings = {k: vars(convert)[k] for k in configurator.names_of(vars(convert))}
+    yield from in_process(bench, monkeypatch, tmp_path, capsys)
+    vars(convert).update(settings)
+
+
+SMALL_BENCH = [*(flag for flag in TINY if flag.split("=")[0] not in ("--out_dir",)), "--random_weights", "--steps=4"]
+
+
+def test_bench_times_the_step_of_convert_and_its_parts_sum_to_it(bench_main, monkeypatch):
+    assert bench.train_step is convert.train_step and "cross_entropy" not in str(bench.our_training.__code__.co_names)
+    for _ in range(3):  # another process may take the machine for a moment
+        code, out, err = bench_main(*SMALL_BENCH, "--sampling=false", "--baseline", "--json=log.jsonl")
+        assert code == 0, err
+        row = json.loads(out.splitlines()[-1])
+        if sum(row["step_parts_ms"].values()) == pytest.approx(row["step_ms"], rel=0.15):
+            break
+    else:
+        pytest.fail("the parts of a step do not sum to it")
+    assert json.loads(Path("log.jsonl").read_text().splitlines()[-1]) == row
+    assert row["speedup"] == pytest.approx(row["baseline_step_ms"] / row["step_ms"])
+    assert row["memory_ratio"] == pytest.approx(row["peak_memory_gb"] / row["baseline_peak_memory_gb"])
+    assert row["tokens_per_s"] == pytest.approx(4 * 48 / row["step_ms"] * 1000)
+    assert 0 < row["mfu"] < 1.2 and row["settings"]["batch_size"] == 4 and row["dtype"] == "float32"
+
+
+def test_bench_samples_beside_plain_ar_and_the_plain_loop(bench_main):
+    code, out, err = bench_main(*SMALL_BENCH, "--train=false", "--new_tokens=8", "--sample_steps=8", "--repeats=1",
+                                "--baseline")
+    assert code == 0, err
+    row = json.loads(out.splitlines()[-1])
+    assert row["same_text"] == 4 and row["forwards_per_token"] == 1 and row["ar_tokens_per_s"] > 0
+    code, out, err = bench_main(*SMALL_BENCH, "--train=false", "--new_tokens=8", "--sample_steps=8", "--repeats=1",
+                                "--block_size=4")
+    row = json.loads(out.splitlines()[-1])
+    assert code == 0 and row["forwards_per_token"] == 1 and row["verify_tokens_per_s"] > 0
+    assert row["first_block_ms"] < 8 * 4 / row["sample_tokens_per_s"] * 1000
+
+
+def test_a_sweep_is_a_row_a_cell_and_out_of_memory_is_one(bench_main, monkeypatch):
+    def measure(s):
+        if s["batch_size"] == 8:
+            raise convert.Failure("out of memory")
+        return {"tokens_per_s": s["batch_size"] * s["max_seq_length"]}
+    monkeypatch.setattr(bench, "measure", measure)
+    code, out, err = bench_main(*SMALL_BENCH, "--sweep=batch_size,max_seq_length=24,48")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])
+    assert [r.get("tokens_per_s", r.get("error")) for r in rows] == [48, 96, 96, 192, "out of memory", "out of memory"]
+    assert not importlib.util.find_spec("matplotlib") or Path("bench.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flag, word", [
+    ("--sweep=batch_sise=1", "batch_sise"), ("--sweep=batch_size=1,x", "batch_size"), ("--sweep=model_name", "values"),
+    ("--batch_sise=1", "batch_size"), ("--plot=nowhere", "nowhere"), ("--stage=4", "stage"),
+    ("--model_config={\"model_type\": \"nothing\"}", "nothing"), ("--prompts=nowhere", "nowhere")])
+def test_what_bench_cannot_do_is_one_line_and_exit_2(bench_main, flag, word):
+    code, out, err = bench_main(*SMALL_BENCH, "--train=false", flag)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
 def cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 
@@ -1524,7 +1767,7 @@ def test_readme_quotes_the_surgery_word_for_word():
 
 
 def test_readme_lists_every_setting_with_its_default_and_reason():
-    for module, block in (convert, "settings"), (sample, "sampling"):
+    for module, block in (convert, "settings"), (sample, "sampling"), (bench, "benchmark"):
         rows = re.findall(r"^([a-z]\w*) = (.*?)  # (.*)$", (HERE / f"{module.__name__}.py").read_text(), re.M)
         assert [name for name, *_ in rows] == configurator.names_of(vars(module))
         table = [f"| `{name}` | `{default}` | {why.replace('|', chr(92) + '|')} |" for name, default, why in rows]
