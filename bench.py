@@ -15,7 +15,10 @@ import itertools
 import math
 import multiprocessing
 import platform
+import shlex
+import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from json import dumps, loads
@@ -33,7 +36,6 @@ from convert import (
     Failure,
     all_losses,
     byte_tokenizer,
-    estimate,
     first_line,
     freeze,
     ladder,
@@ -62,7 +64,7 @@ train = True  # time the training step
 stage = 2  # which stage's step: 0 | 1 | 2 | 3
 sampling = True  # time the sampler, and plain AR decoding of the same model
 baseline = False  # the same work in the plain Hugging Face way as well, in turns with ours
-estimate_only = False  # --estimate: memory by part and what fits, with nothing allocated
+estimate = False  # instead of all that: memory by part, and what it takes to fit, with nothing allocated
 sweep = ""  # settings to vary: batch_size,dtype or batch_size=1,2,4,dtype=float32,bfloat16
 profile = ""  # write a trace of one step here (chrome://tracing reads it) and list the ten dearest operators
 # how
@@ -85,10 +87,10 @@ allowed = {"stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tok
 # ----------------------------------------------------------------------------------------------------------------------
 # What is timed. Each runs in a process of its own, so that its memory is its own: a generator that builds, yields what
 # it found, and then does one more piece of work each time it is sent a request.
-def build(s):
+def build(s, training=True):
     """(place, autocast, model on it) of settings, as convert.py would build it, with random weights if asked for."""
     place = pick_device(s["device"])
-    amp, config_json = pick_autocast(place, s["dtype"]), s["model_config"]
+    amp, config_json = pick_autocast(place, s["dtype"], cache=not training), s["model_config"]
     if s["random_weights"] and not config_json:
         config_json = load_config(s["model_name"]).to_json_string(use_diff=False)
     if place.type == "cuda" and s["max_memory_gb"]:
@@ -110,9 +112,11 @@ def synchronize(place):
 
 def gemm_peak(place, amp):
     """The device's best rate in a matrix product in the step's own type, in TFLOPS, measured."""
-    best = 0.0
+    best, one = 0.0, torch.ones(1, 1, device=place)
+    with amp:
+        dtype = (one @ one).dtype
     for n in (1024, 2048, 4096) if place.type == "cpu" else (4096, 8192):
-        x = torch.randn(n, n, device=place, dtype=amp.fast_dtype if amp._enabled else torch.float32)
+        x = torch.randn(n, n, device=place, dtype=dtype)
         for _ in range(5):
             synchronize(place)
             began = time.perf_counter()
@@ -154,6 +158,9 @@ def our_training(s):
     """The training step of convert.py."""
     place, amp, model, _ = build(s)
     peak = gemm_peak(place, amp)
+    if place.type == "cuda":  # that is no part of a step's memory
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(place)
     convert.set_up(model, place)
     windows = np.random.default_rng(0).integers(0, model.mask_id, (1000, s["max_seq_length"]), np.int32)
     per_step = s["batch_size"] * s["gradient_accumulation_steps"]
@@ -235,13 +242,14 @@ def plain_unmasking(model, ids, passes):
 
 def sampling_of(s):
     """The sampler of convert.py, plain AR decoding, verified decoding of a block model, and LLaDA's plain loop."""
-    place, amp, model, tokenizer = build(s)
+    place, amp, model, tokenizer = build(s, training=False)
     model.eval()
     rng, row = np.random.default_rng(0), {"device": name_of(place)}
     texts = rng.integers(0, model.mask_id, (4, 32)).tolist()
     if s["prompts"]:
         try:
-            texts = [tokenizer.encode(line) for line in Path(s["prompts"]).read_text("utf-8").splitlines() if line]
+            lines = filter(None, Path(s["prompts"]).read_text("utf-8").splitlines())
+            texts = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"prompts: '{s['prompts']}' cannot be read: {first_line(error)}") from None
     n, drafts = s["new_tokens"], min(3, model.block_size - 1 - (not model.logit_shift))
@@ -284,6 +292,7 @@ def name_of(place):
 # Processes
 def serve(pipe, work, s):
     """The other end of started(): runs a generator, a piece of work a request."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with the process that asks
     vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
     try:
         generator = work(s)
@@ -313,7 +322,7 @@ def started(*works):
                 pipe.send(how)
             answer = pipe.recv()
         except (EOFError, ConnectionError):
-            raise Failure("out of memory, or killed: its process has ended") from None
+            raise Failure("its process was killed, as happens when it runs out of memory") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -373,9 +382,9 @@ def measure_training(s):
     try:
         rows, peak, device, pairs, parts, plains = timed_training(works, s)
     except Failure as error:
-        if "out of memory" not in str(error) or not s["baseline"]:
+        if not s["baseline"]:
             raise
-        print("baseline: both do not fit side by side, so one after the other")
+        print(f"baseline: not side by side but one after the other: {error}")
         rows, peak, device, pairs, parts, _ = timed_training(works[:1], s)
         plains = timed_training(works[1:], s)[0]
     tokens = s["batch_size"] * s["gradient_accumulation_steps"] * s["max_seq_length"]
@@ -385,7 +394,8 @@ def measure_training(s):
            "step_parts_ms": {k: 1000 * statistics.median(p[k] for p in parts)
                              for k in ("data", "forward", "head", "backward", "optimizer", "rest")},
            "gemm_peak_tflops": peak, "mfu": flops and flops / step / 1e12 / peak,
-           "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"]}
+           "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"],
+           "batch_size": s["batch_size"]}
     if s["baseline"]:
         theirs, noise = spread([r["seconds"] for r in plains])
         row |= {"baseline_tokens_per_s": tokens / theirs, "baseline_step_ms": 1000 * theirs, "baseline_spread": noise,
@@ -439,12 +449,14 @@ def measure_sampling(s):
 
 
 def measure_memory(s):
-    """A row of estimate() and ladder()."""
-    place = pick_device(s["device"] if convert.device_type(s) != "cuda" or torch.cuda.is_available() else "cpu")
-    limit = s["max_memory_gb"] or max(memory_gb(place)[1] - 3, memory_gb(place)[1] / 2)
+    """A row of estimate() and ladder(); with a max_memory_gb also for a device that is not there."""
+    limit = s["max_memory_gb"]
+    if not limit:
+        whole = memory_gb(pick_device(s["device"]))[1]
+        limit = max(whole - 3, whole / 2)
     which = all_losses(make_stages(1, 1, 0))
     config = config_of(s)
-    parts, (climbed, fits, largest) = estimate(config, s, which), ladder(config, s, which, limit)
+    parts, (climbed, fits, largest) = convert.estimate(config, s, which), ladder(config, s, which, limit)
     print_memory(parts, climbed, fits, largest, limit)
     return {"estimate_gb": parts, "fits": fits, "ladder": [{"means": m, "gb": gb} for m, gb in climbed],
             "largest_batch": largest, "limit_gb": limit}
@@ -456,7 +468,8 @@ def print_row(row):
     """A row of figures, for people."""
     if "step_ms" in row:
         print(f"training: {row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms a step (quartiles "
-              f"{row['spread']:.0%} apart), peak memory {row['peak_memory_gb']:.2f} GB")
+              f"{row['spread']:.0%} apart), peak memory {row['peak_memory_gb']:.2f} GB"
+              + f", {row['micro_batch']} windows at a time" * (row["micro_batch"] < row["batch_size"]))
         print("  of a step, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in row["step_parts_ms"].items()))
         mfu = "?" if row["mfu"] is None else f"{row['mfu']:.0%}"
         print(f"  {mfu} of the {row['gemm_peak_tflops']:.3f} TFLOPS of a matrix product on {row['device']}")
@@ -500,7 +513,7 @@ def cells(text, settings):
 
 def measure(s):
     """One row of all that is asked for."""
-    if s["estimate_only"]:
+    if s["estimate"]:
         return measure_memory(s)
     row = {}
     if s["train"]:
@@ -508,6 +521,11 @@ def measure(s):
     if s["sampling"]:
         row |= measure_sampling(s)
     return row
+
+
+def memory_of(row):
+    """The peak that a row has measured, else what it has estimated, in GB; 0 if neither."""
+    return row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
 
 
 def draw(rows, names):
@@ -521,7 +539,7 @@ def draw(rows, names):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained")
     for axis, what in zip(axes, ("tokens_per_s", "peak_memory_gb"), strict=True):
-        found = [r.get(what) or r.get("estimate_gb", {}).get("total", 0) * (what != "tokens_per_s") for r in rows]
+        found = [r.get(what, 0) if what == "tokens_per_s" else memory_of(r) for r in rows]
         bars = axis.barh(range(len(rows)), found, color=["#4477aa", "#ccbb44"][what != "tokens_per_s"])
         axis.bar_label(bars, [f"{v:,.4g}" if v else r.get("error", "") for v, r in zip(found, rows, strict=True)],
                        padding=3)
@@ -535,9 +553,7 @@ def draw(rows, names):
 
 
 def main(argv):
-    settings = {k: v for module in (convert, globals()) for k, v in (module if isinstance(module, dict) else
-                vars(module)).items() if k in names_of(module if isinstance(module, dict) else vars(module))}
-    argv = ["--estimate_only" if arg == "--estimate" else arg for arg in argv]
+    settings = {k: scope[k] for scope in (vars(convert), globals()) for k in names_of(scope)}
     files = configure(settings, argv, convert.allowed | allowed)
     vars(convert).update({k: v for k, v in settings.items() if k in names_of(vars(convert))})
     if settings["plot"]:
@@ -563,7 +579,8 @@ def main(argv):
             row = {"error": first_line(error)}
             print(row["error"])
         print_row(row)
-        row = {"name": f"{name}{': ' * bool(title)}{title}", **row, "dtype": s["dtype"],
+        row = {"name": f"{name}{': ' * bool(title)}{title}", "command": shlex.join(["python", *sys.argv]), **row,
+               "dtype": s["dtype"],
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                             "python": platform.python_version()}, "settings": s}
         found.append(row)
@@ -574,7 +591,14 @@ def main(argv):
             except OSError as error:
                 raise UserError(f"json: '{s['json']}' cannot be written: {first_line(error)}") from None
     if settings["sweep"]:
-        draw(found, [r["name"].partition(": ")[2] for r in found])
+        names = [r["name"].partition(": ")[2] for r in found]
+        width = max(map(len, names))
+        print(f"\n{'':{width}}  {'tokens/s':>10}  {'GB':>8}  {'sampling':>10}")
+        for name, r in zip(names, found, strict=True):
+            figures = r.get("tokens_per_s"), memory_of(r), r.get("sample_tokens_per_s")
+            shown = [f"{x:,.4g}" if x else "" for x in figures]
+            print(f"{name:{width}}  {shown[0]:>10}  {shown[1]:>8}  {shown[2]:>10}  {r.get('error', '')}")
+        draw(found, names)
     print(dumps(found if settings["sweep"] else found[0]))
 
 

@@ -170,7 +170,8 @@ def elbo_weight(t, num_timesteps, schedule):
     return num_timesteps * (before - now) / (1 - now)
 
 
-phase = record_function  # names the parts of a step in a profile; bench.py and estimate() put their own in its place
+# names the parts of a step in a profile; bench.py and estimate() put their own in its place
+phase = record_function
 
 
 def derived_seed(*parts):
@@ -1038,6 +1039,8 @@ def read_corpus(name, config, column, cache, answered=False):
                 "data_files": [glob.escape(str(p)) for p in files]}
         if what["path"] == "text":
             column, what["sample_by"] = "text", "document"
+            if not any(p.stat().st_size for p in files):
+                raise UserError(f"dataset_name: '{name}' holds no text")
             if len(files) == 1:  # by line, or a large file would be in memory as a whole
                 what |= {"sample_by": "line", "keep_linebreaks": True}
     import datasets  # slow to import, and pydoc does not need it
@@ -1499,12 +1502,16 @@ def pick_device(name):
                         f"sees {', '.join(sees)}: {first_line(error)}") from None
 
 
-def pick_autocast(device, name):
-    """The autocast context of a dtype, off for float32; float16 on a CPU becomes float32, with a line."""
+def pick_autocast(device, name, cache=True):
+    """The autocast context of a dtype, off for float32; float16 on a CPU becomes float32, with a line.
+
+    cache: keep the weights that it has cast to the end of the context; for a step, which needs each once, only a loss.
+    """
     if device.type == "cpu" and name == "float16":
-        print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
+        if cache:
+            print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
         name = "float32"
-    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
+    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32", cache_enabled=cache)
 
 
 def memory_gb(device):
@@ -1646,7 +1653,7 @@ def estimate(config, s, stage):
     for p in params:
         p.register_post_accumulate_grad_hook(has_gradient)
     model.updates = {"last": False, "norms": []}
-    amp = torch.autocast("cpu", getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32")
+    amp = torch.autocast("cpu", getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32", cache_enabled=False)
     with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), mode, live:
         phase = live.phase
         try:
@@ -1956,7 +1963,7 @@ def main(argv):
 
     # -- the machine
     place = pick_device(device)
-    amp = pick_autocast(place, dtype)
+    amp, amp_to_write = pick_autocast(place, dtype, False), pick_autocast(place, dtype)
     device_gb = memory_gb(place)[1]
     memory_limit = max_memory_gb or max(device_gb - 3, device_gb / 2)
     if place.type == "cuda" and max_memory_gb:
@@ -2047,7 +2054,7 @@ def main(argv):
         return torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext()
 
     def answers(prompts, tokens):
-        with amp, eagerly():
+        with amp_to_write, eagerly():
             return halving_when_out_of_memory({"micro_batch": 32}, place, on_policy_windows, model, tokenizer, prompts,
                                               tokens, dtype, cache_dir, state["on_policy"])
 
@@ -2055,7 +2062,7 @@ def main(argv):
         with eagerly():
             model.eval()
             row = evaluate(model, held, held_bytes, amp, derived_seed(seed, "evaluation"), micro_batch)
-            with amp:
+            with amp_to_write:
                 (text, *_), *_ = write(model, [start_of_sample], 32, 32)
             model.train()
         if state["total"] <= pretraining_steps:
