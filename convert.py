@@ -1635,7 +1635,7 @@ def device_type(s):
 
 
 def estimate(config, s, stage):
-    """GB at the peak of a step by part: process (of a CPU), weights, gradients, optimizer, activations, head; total.
+    """GB at the peak of a step: weights, gradients, optimizer, activations, head; on a CPU heap and process; total.
 
     config, s, stage: of on_paper(). process is what this process has taken so far. Raises UserError for an architecture
     whose step depends on its data.
@@ -1663,9 +1663,10 @@ def estimate(config, s, stage):
     held = (*model.parameters(), *model.buffers())
     state = sum(8 * p.numel() if p.numel() < 4096 or not s["use_8bit_adam"] else 2 * p.numel() + p.numel() // 32
                 for p in params)  # bitsandbytes keeps small ones in 32 bits, and two scales for each 256 numbers
-    parts = {"process": memory_gb(torch.device("cpu"))[0] * 1e9 * (device_type(s) == "cpu"),
-             "weights": sum(x.numel() * x.element_size() for x in held), "gradients": 0, "optimizer": state,
+    parts = {"weights": sum(x.numel() * x.element_size() for x in held), "gradients": 0, "optimizer": state,
              "activations": 0, "head": 0} | live.peak
+    if device_type(s) == "cpu":  # the resident set also holds the libraries, and what malloc cannot give back: measured
+        parts |= {"heap": 0.15 * sum(parts.values()), "process": memory_gb(torch.device("cpu"))[0] * 1e9}
     return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
 
 

@@ -1393,7 +1393,7 @@ def test_a_compiled_run_has_one_graph_a_mode(convert_main):
 def test_dry_run_tells_the_cost_and_leaves_out_dir_alone(convert_main):
     code, out, err = convert_main(*TINY, "--dry_run", "--max_steps=4000")
     assert code == 0 and not err and not Path("out").exists()
-    for word in ("estimated as set: process", "fits", "gpt2, 2 layers", "probe", "hours", "memory", "on the host",
+    for word in ("estimated as set: weights", "fits", "gpt2, 2 layers", "probe", "hours", "memory", "on the host",
                  "disk", "1 attention"):
         assert word in out
     assert out.count(" s a step, ") == 4
