@@ -828,10 +828,13 @@ def test_tiktoken_gives_the_ids_of_the_tokenizer(kind):
               "llama3": [pre_tokenizers.Split(Regex(pattern), "isolated")]}[kind]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, level]) if before else level
-    texts = [*topics.values(), "x  12 \t\n\n  34é日本 🙂's I'LL <|endoftext|> end", "", "\n" * 50, "0" * 9]
+    rng, bits = random.Random(0), [*"ab zZ9.,'-(\t\n", "  ", "\r\n", "é", "ß", "日本", "한", "🙂", "’", " the", "12345"]
+    mixed = ["".join(rng.choices(bits, k=400)) for _ in range(1000)]
+    texts = [*topics.values(), *mixed, "x  12 \t\n\n  34é日本 🙂's I'LL <|endoftext|> end", "", "\n" * 50, "0" * 9]
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    assert sum(len(text.encode()) for text in texts) > 10**6
     encode = convert.fast_encoder(tokenizer, texts, 2)
     assert encode.__name__ == "fast"
     assert [list(x) for x in encode(texts)] == tokenizer(texts, add_special_tokens=False)["input_ids"]
