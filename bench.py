@@ -8,7 +8,7 @@
   python bench.py config/tiny.py --profile=trace.json          # the ten dearest operators, and a trace to look at
   python bench.py --plot=log.jsonl                             # draws the rows that --json=log.jsonl has added
 
-Every setting of convert.py works here too; the last line on stdout is one JSON object.
+Every setting of convert.py works here too; the last line on stdout is JSON, an object or, of a sweep, their list.
 """
 import contextlib
 import itertools
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import convert
 from configurator import UserError, checked, configure, from_flag, names_of
@@ -63,7 +63,7 @@ random_weights = False  # of the model's architecture; speed and memory are the 
 train = True  # time the training step
 stage = 2  # which stage's step: 0 | 1 | 2 | 3
 sampling = True  # time the sampler, and plain AR decoding of the same model
-baseline = False  # the same work in the plain Hugging Face way as well, in turns with ours
+baseline = False  # in turns with ours, a plain Hugging Face step (whole-sequence, all weights) and LLaDA's plain loop
 estimate = False  # instead of all that: memory by part, and what it takes to fit, with nothing allocated
 sweep = ""  # settings to vary: batch_size,dtype or batch_size=1,2,4,dtype=float32,bfloat16
 profile = ""  # write a trace of one step here (chrome://tracing reads it) and list the ten dearest operators
@@ -88,7 +88,7 @@ allowed = {"stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tok
 # What is timed. Each runs in a process of its own, so that its memory is its own: a generator that builds, yields what
 # it found, and then does one more piece of work each time it is sent a request.
 def build(s, training=True):
-    """(place, autocast, model on it) of settings, as convert.py would build it, with random weights if asked for."""
+    """(place, autocast, model on it, tokenizer) of settings, as convert.py, or sample.py if not training, builds it."""
     place = pick_device(s["device"])
     amp, config_json = pick_autocast(place, s["dtype"], cache=not training), s["model_config"]
     if s["random_weights"] and not config_json:
@@ -96,9 +96,10 @@ def build(s, training=True):
     if place.type == "cuda" and s["max_memory_gb"]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, s["max_memory_gb"] / memory_gb(place)[1]), place)
     torch.manual_seed(s["seed"])
-    ours = {} if (Path(s["model_name"]) / "diffusion.json").is_file() and not config_json else model_settings(s)
+    converted = not training and not config_json and (Path(s["model_name"]) / "diffusion.json").is_file()
     model, tokenizer = load_model(s["model_name"], "bytes" if s["random_weights"] else s["tokenizer_name"], config_json,
-                                  place.type, **ours)
+                                  place.type, **({} if converted else model_settings(s)))
+    convert.check_model(model)
     return place, amp, model.to(place), tokenizer
 
 
@@ -136,9 +137,11 @@ def split(place, spent):
     def phase(name):
         tick()
         names.append(name)
-        yield
-        tick()
-        names.pop()
+        try:
+            yield
+        finally:
+            tick()
+            names.pop()
 
     def tick():
         nonlocal last
@@ -157,10 +160,6 @@ def split(place, spent):
 def our_training(s):
     """The training step of convert.py."""
     place, amp, model, _ = build(s)
-    peak = gemm_peak(place, amp)
-    if place.type == "cuda":  # that is no part of a step's memory
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(place)
     convert.set_up(model, place)
     windows = np.random.default_rng(0).integers(0, model.mask_id, (1000, s["max_seq_length"]), np.int32)
     per_step = s["batch_size"] * s["gradient_accumulation_steps"]
@@ -171,9 +170,12 @@ def our_training(s):
     if s["optimizer_in_backward"]:
         update_in_backward(model, params, optimizer, 0.0)
     scaler = torch.amp.GradScaler(place.type, enabled=s["dtype"] == "float16" and place.type != "cpu")
-    state, row = {"micro_batch": s["batch_size"]}, {"gemm_peak_tflops": peak, "device": name_of(place)}
+    state, row = {"micro_batch": s["batch_size"]}, {"device": name_of(place)}
     for step in itertools.count():
         how = yield row
+        if how == "gemm":
+            row = {"gemm_peak_tflops": gemm_peak(place, amp)}
+            continue
         row, spent = {}, Counter()
         tracing = torch.profiler.profile() if how == "profile" else contextlib.nullcontext()
         synchronize(place)
@@ -252,7 +254,12 @@ def sampling_of(s):
             texts = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"prompts: '{s['prompts']}' cannot be read: {first_line(error)}") from None
+        if not texts:
+            raise UserError(f"prompts: '{s['prompts']}' is empty")
     n, drafts = s["new_tokens"], min(3, model.block_size - 1 - (not model.logit_shift))
+    longest = max(map(len, texts)) + n + 8 + model.block_size  # drafts and the last block reach past the end
+    if longest > model.positions:
+        raise UserError(f"new_tokens: up to {longest} positions, the model has {model.positions}")
     while True:
         how = yield row
         synchronize(place)
@@ -263,9 +270,9 @@ def sampling_of(s):
                 first.append(time.perf_counter() - began)
         for text in texts:
             with amp:
-                if how == "sample":
+                if how in ("sample", "first"):  # whose watch waits for the device after each pass
                     rows, passes, _ = write(model, [text], n, s["sample_steps"], threshold=s["threshold"],
-                                            watch=watch if not out else None)
+                                            watch=watch if how == "first" and not out else None)
                     new = rows[0][len(text):][:n]
                 elif how == "plain":
                     ids = torch.tensor([text + [model.mask_id] * n], device=place)
@@ -291,7 +298,7 @@ def name_of(place):
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
 def serve(pipe, work, s):
-    """The other end of started(): runs a generator, a piece of work a request."""
+    """The other end of started(): runs a generator, a piece of work a request, and sends what it raises as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with the process that asks
     vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
     try:
@@ -300,12 +307,12 @@ def serve(pipe, work, s):
         while True:
             pipe.send(answer)
             answer = generator.send(pipe.recv())
-    except EOFError:  # nobody asks any more
+    except (EOFError, ConnectionError):  # nobody asks any more
         pass
-    except (UserError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (UserError, MemoryError)) and not out_of_memory(error):
-            raise
-        pipe.send(error if isinstance(error, UserError) else Failure("out of memory"))
+    except (UserError, MemoryError, *convert.FOREIGN) as error:
+        memory = isinstance(error, MemoryError) or out_of_memory(error)
+        what = "out of memory" if memory else f"{type(error).__name__}: {first_line(error)}"
+        pipe.send(error if isinstance(error, UserError) else Failure(what))
 
 
 @contextlib.contextmanager
@@ -314,7 +321,7 @@ def started(*works):
 
     UserError or Failure as it is raised there; Failure if the machine killed it.
     """
-    context, pipes = multiprocessing.get_context("spawn"), []
+    context, pipes, processes, first = multiprocessing.get_context("spawn"), [], [], []
 
     def ask(pipe, how):
         try:
@@ -329,14 +336,16 @@ def started(*works):
     try:
         for work, s in works:
             here, there = context.Pipe()
-            context.Process(target=serve, args=(there, work, s), daemon=True).start()
+            processes.append(context.Process(target=serve, args=(there, work, s), daemon=True))
+            processes[-1].start()
             there.close()
             pipes.append(here)
-        first = [ask(pipe, None) for pipe in pipes]
+            first.append(ask(here, None))
         yield [lambda how, pipe=pipe: ask(pipe, how) for pipe in pipes], first
     finally:
-        for pipe in pipes:
+        for pipe, process in zip(pipes, processes, strict=True):
             pipe.close()
+            process.join(60)  # so that its memory is free again
 
 
 def spread(values):
@@ -352,21 +361,27 @@ def flops_of(s, which):
 
     Matrix products and attention, forward and backward, of the real step on fake tensors, without recomputation.
     """
-    def forward(*args, **kwargs):
-        return sdpa_flop(*args)
+    def forward(query, key, value, *args, **kwargs):
+        return sdpa_flop(query, key, value)
 
-    def backward(*args, **kwargs):
-        return sdpa_backward_flop(*args)
-    name = "_scaled_dot_product_flash_attention_for_cpu"
+    def backward(gradient, query, key, value, *args, **kwargs):
+        return 2 * sdpa_flop(query, key, value)
+
+    def once(function, *args, use_reentrant):
+        return function(*args)
+    usual, name = convert.recompute, "_scaled_dot_product_flash_attention_for_cpu"
     mapping = {getattr(torch.ops.aten, name): forward, getattr(torch.ops.aten, name + "_backward"): backward}
     try:
         mode, model, micro_batches = on_paper(config_of(s), s | {"use_gradient_checkpointing": False}, which)
         runs = micro_batches[len(micro_batches) // 2]  # half of them have more to read
+        convert.recompute = once  # of a head in chunks
         with convert.refused("flops"), mode, FlopCounterMode(display=False, custom_mapping=mapping) as counted:
             convert.backpropagate(model, runs, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0)
     except UserError as error:
         print(f"mfu: not known: {error}")
         return None
+    finally:
+        convert.recompute = usual
     return counted.get_total_flops() * s["gradient_accumulation_steps"]
 
 
@@ -378,25 +393,27 @@ def config_of(s):
 
 def measure_training(s):
     """A row of what a step takes, beside the plain way with a baseline."""
-    works = [(our_training, s)] + [(plain_training, s)] * s["baseline"]
     try:
-        rows, peak, device, pairs, parts, plains = timed_training(works, s)
+        found = timed_training(s, [our_training] + [plain_training] * s["baseline"])
     except Failure as error:
         if not s["baseline"]:
             raise
         print(f"baseline: not side by side but one after the other: {error}")
-        rows, peak, device, pairs, parts, _ = timed_training(works[:1], s)
-        plains = timed_training(works[1:], s)[0]
+        found = timed_training(s, [our_training])
+        try:
+            found |= {"plain": timed_training(s, [plain_training])["plain"]}
+        except Failure as error:
+            print(f"baseline: {error}")
+    rows, plains, peak = found["ours"], found["plain"], found["peak"]
     tokens = s["batch_size"] * s["gradient_accumulation_steps"] * s["max_seq_length"]
     step, noise = spread([r["seconds"] for r in rows])
-    flops = flops_of(s, {k: make_stages(1, 1, 0)[s["stage"]][k] for k in ("diffusion", "lm", "distill")})
-    row = {"device": device, "tokens_per_s": tokens / step, "step_ms": 1000 * step, "spread": noise,
-           "step_parts_ms": {k: 1000 * statistics.median(p[k] for p in parts)
+    flops = flops_of(s, make_stages(1, 1, 0)[s["stage"]])
+    row = {"device": found["device"], "tokens_per_s": tokens / step, "step_ms": 1000 * step, "spread": noise,
+           "step_parts_ms": {k: 1000 * statistics.median(p[k] for p in found["parts"])
                              for k in ("data", "forward", "head", "backward", "optimizer", "rest")},
            "gemm_peak_tflops": peak, "mfu": flops and flops / step / 1e12 / peak,
-           "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"],
-           "batch_size": s["batch_size"]}
-    if s["baseline"]:
+           "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"]}
+    if plains:
         theirs, noise = spread([r["seconds"] for r in plains])
         row |= {"baseline_tokens_per_s": tokens / theirs, "baseline_step_ms": 1000 * theirs, "baseline_spread": noise,
                 "baseline_peak_memory_gb": plains[-1]["peak_memory_gb"], "speedup": theirs / step,
@@ -404,31 +421,36 @@ def measure_training(s):
     return row
 
 
-def timed_training(works, s):
-    """(rows, GEMM peak, device, pairs, parts, plain rows), in turns."""
-    with started(*works) as (asks, first):
+def timed_training(s, works):
+    """{ours, plain: rows of steps in turns; parts, peak, device of ours}."""
+    ours, found = works[0] is our_training, {"ours": [], "plain": [], "parts": []}
+    with started(*((work, s) for work in works)) as (asks, first):
         for _ in range(s["burn_in"]):
             for ask in asks:
                 ask("step")
-        ours, rounds, parts = works[0][0] is our_training, [], []
         for _ in range(s["steps"]):
-            rounds.append([ask("step") for ask in asks])
-            split_rows = [ask("split") for ask in asks]  # of both, so that neither has the machine to itself
-            parts += [split_rows[0]["parts"]] * ours
+            for how in ("step", "split"):  # of both, so that neither has the machine to itself
+                for ask, work in zip(asks, works, strict=True):
+                    row = ask(how)
+                    if work is our_training and how == "split":
+                        found["parts"].append(row["parts"])
+                    elif how == "step":
+                        found["ours" if work is our_training else "plain"].append(row)
+        if len(works) > 1 and found["ours"][-1]["micro_batch"] < s["batch_size"]:
+            raise Failure("out of memory")
         if ours and s["profile"]:
             print(asks[0]("profile")["operators"])
-    rows = [r[0] for r in rounds]
-    return (rows, first[0].get("gemm_peak_tflops"), first[0].get("device"), rounds, parts,
-            [r[-1] for r in rounds])
+        return found | {"peak": ours and asks[0]("gemm")["gemm_peak_tflops"], "device": first[0].get("device")}
 
 
 def measure_sampling(s):
     """A row of what writing takes, beside plain AR decoding, and with a baseline LLaDA's plain loop."""
     with started((sampling_of, s)) as ([ask], first):
         hows = ["sample", "ar"] + ["plain"] * s["baseline"]
-        warm = {how: ask(how) for how in hows}
-        hows += ["verify"] * warm["ar"]["verifies"]
-        rows = {how: [] for how in hows}
+        hows += ["verify"] * ask("ar")["verifies"]
+        latency, rows = ask("first")["first_block_s"], {how: [] for how in hows}
+        for how in hows[1:]:
+            ask(how)
         for _ in range(s["repeats"]):
             for how in hows:
                 rows[how].append(ask(how))
@@ -437,7 +459,7 @@ def measure_sampling(s):
     row = {"device": first[0]["device"], "sample_tokens_per_s": speed["sample"],
            "sample_spread": spread([r["tokens_per_s"] for r in rows["sample"]])[1],
            "forwards_per_token": ours["forwards_per_token"],
-           "first_block_ms": 1000 * statistics.median(r["first_block_s"] for r in rows["sample"]),
+           "first_block_ms": 1000 * latency,
            "ar_tokens_per_s": speed["ar"]}
     if "verify" in speed:
         row |= {"verify_tokens_per_s": speed["verify"],
@@ -464,12 +486,12 @@ def measure_memory(s):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The script
-def print_row(row):
+def print_row(row, s):
     """A row of figures, for people."""
     if "step_ms" in row:
         print(f"training: {row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms a step (quartiles "
               f"{row['spread']:.0%} apart), peak memory {row['peak_memory_gb']:.2f} GB"
-              + f", {row['micro_batch']} windows at a time" * (row["micro_batch"] < row["batch_size"]))
+              + f", {row['micro_batch']} windows at a time" * (row["micro_batch"] < s["batch_size"]))
         print("  of a step, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in row["step_parts_ms"].items()))
         mfu = "?" if row["mfu"] is None else f"{row['mfu']:.0%}"
         print(f"  {mfu} of the {row['gemm_peak_tflops']:.3f} TFLOPS of a matrix product on {row['device']}")
@@ -495,11 +517,10 @@ def cells(text, settings):
         key, given, value = item.partition("=")
         if given or key in settings or not name:
             name = key
+            checked(name, settings.get(name), settings, None, "sweep")  # that there is one
             values[name] = []
         if given or key != name or key not in settings:
-            rule = (convert.allowed | allowed).get(name)
-            new = from_flag(name, value if given else item, settings)
-            values[name].append(checked(name, new, settings, rule, "sweep"))
+            values[name].append(from_flag(name, value if given else item, settings))
     for name, found in values.items():
         now = settings[name]
         if not found and isinstance(now, bool):
@@ -508,6 +529,8 @@ def cells(text, settings):
             found += [type(now)(now * x) for x in (0.5, 1, 2) if type(now)(now * x)]
         elif not found:
             raise UserError(f"sweep: {name} needs values, as {name}=...,...")
+        rule = (convert.allowed | allowed).get(name)
+        values[name] = [checked(name, value, settings, rule, "sweep") for value in found]
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
@@ -555,7 +578,6 @@ def draw(rows, names):
 def main(argv):
     settings = {k: scope[k] for scope in (vars(convert), globals()) for k in names_of(scope)}
     files = configure(settings, argv, convert.allowed | allowed)
-    vars(convert).update({k: v for k, v in settings.items() if k in names_of(vars(convert))})
     if settings["plot"]:
         try:
             rows = [loads(line) for line in Path(settings["plot"]).read_text().splitlines()]
@@ -567,18 +589,19 @@ def main(argv):
     found = []
     for cell in cells(settings["sweep"], settings):
         s = settings | cell
-        vars(convert).update(cell)
+        vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
         title = ", ".join(f"{k}={v}" for k, v in cell.items())
         if title:
             print(f"-- {title}", flush=True)
         try:
+            convert.check_settings()
             row = measure(s)
-        except Failure as error:
+        except UserError as error:
             if not cell:
                 raise
             row = {"error": first_line(error)}
             print(row["error"])
-        print_row(row)
+        print_row(row, s)
         row = {"name": f"{name}{': ' * bool(title)}{title}", "command": shlex.join(["python", *sys.argv]), **row,
                "dtype": s["dtype"],
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__,

@@ -1423,10 +1423,10 @@ def make_optimizer(params, lr, betas, decay, use_8bit, device):
 def update_in_backward(model, params, optimizer, norm_before):
     """Hooks that update a parameter once its gradient is whole, in the last run of a step, and free the gradient.
 
-    Gradients are clipped by the norm of the step before (norm_before, a float), as that of this one is known too late;
-    what is not finite in them counts as 0. Returns the hooks' handles.
+    Gradients are clipped by the last finite norm of the steps before (norm_before, a float), as that of this one is
+    known too late; what is not finite in them counts as 0. Returns the hooks' handles.
     """
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     model.updates = {"last": False, "norms": [], "norm": torch.tensor(norm_before, device=params[0].device)}
 
     def update(p):
@@ -1435,7 +1435,8 @@ def update_in_backward(model, params, optimizer, norm_before):
         with phase("optimizer"), torch.no_grad():
             model.updates["norms"].append(torch.linalg.vector_norm(p.grad))
             p.grad.mul_(model.updates["clip"]).nan_to_num_(0, 0, 0)
-            groups, optimizer.param_groups = optimizer.param_groups, [group_of[p] | {"params": [p]}]
+            groups = optimizer.param_groups
+            optimizer.param_groups = [groups[group_of[p]] | {"params": [p]}]
             optimizer.step()
             optimizer.param_groups, p.grad = groups, None
     model.updates["update"] = update
@@ -1444,7 +1445,7 @@ def update_in_backward(model, params, optimizer, norm_before):
 
 def clip_factor(norm, limit):
     """What gradients of a norm are multiplied by, scalars on the device: their norm is `limit` then at most."""
-    return torch.where(norm.isfinite(), ((limit or math.inf) / (norm + 1e-6)).clamp(max=1), 1.0)
+    return ((limit or math.inf) / (norm + 1e-6)).clamp(max=1)
 
 
 def checkpoint_layers(model, share):
@@ -1505,7 +1506,8 @@ def pick_device(name):
 def pick_autocast(device, name, cache=True):
     """The autocast context of a dtype, off for float32; float16 on a CPU becomes float32, with a line.
 
-    cache: keep the weights that it has cast to the end of the context; for a step, which needs each once, only a loss.
+    cache: keep what weights it has cast to the end of the context. Not for a step, which hardly needs one twice, but
+    would hold them all.
     """
     if device.type == "cpu" and name == "float16":
         if cache:
@@ -1599,14 +1601,16 @@ class LiveBytes(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, name):
         before, self.what = self.what, "head" if name == "head" else "activations"
-        yield
-        self.what = before
+        try:
+            yield
+        finally:
+            self.what = before
 
 
 def on_paper(config, s, stage):
     """(mode, model, [the runs of a micro-batch]) of settings s on fake tensors: 20 steps, those with most to read last.
 
-    config: of load_config(). stage: {diffusion, lm, distill}, the weights of its losses.
+    config: of load_config(). stage: {diffusion, lm, distill}, the weights of its losses, and what it trains if not all.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), torch.device("meta"):
@@ -1622,13 +1626,20 @@ def on_paper(config, s, stage):
                 named[name] = made.get(x)
     checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
     model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
-    freeze(model, "everything" if stage["diffusion"] else "AR model")
+    freeze(model, stage.get("trains", "everything"))
+    if device_type(s) == "cuda":  # whose fused kernels drop out without a matrix of it
+        for m in model.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+            elif isinstance(vars(m).get("attention_dropout"), float):
+                m.attention_dropout = 0.0
+    losses = stage["diffusion"], stage["lm"] * (not s["use_lora"]), stage["distill"]
     micro_batches, windows = [], s["batch_size"] * s["gradient_accumulation_steps"]
     for step in range(20):
         noise = draw_noise(windows, s["max_seq_length"], s["num_timesteps"], derived_seed("noise", s["seed"], 2, step),
                            s["block_size"], s["full_mask_share"])
         ids = torch.zeros(windows, s["max_seq_length"], dtype=torch.long)
-        runs = runs_of(model, ids, *noise, [stage[k] for k in ("diffusion", "lm", "distill")], s["batch_size"])
+        runs = runs_of(model, ids, *noise, losses, s["batch_size"])
         micro_batches += zip(*[iter(runs)] * (len(runs) // s["gradient_accumulation_steps"]), strict=True)
     return mode, model, sorted(micro_batches, key=lambda runs: sum(len(run[3]) for run in runs))
 
@@ -1657,7 +1668,8 @@ def estimate(config, s, stage):
     for p in params:
         p.register_post_accumulate_grad_hook(has_gradient)
     model.updates = {"last": False, "norms": []}
-    amp = torch.autocast("cpu", getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32", cache_enabled=False)
+    half = s["dtype"] == "bfloat16" or s["dtype"] == "float16" and device_type(s) != "cpu"
+    amp = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
     with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), mode, live:
         phase = live.phase
         try:
@@ -1669,7 +1681,7 @@ def estimate(config, s, stage):
                 for p in params)  # bitsandbytes keeps small ones in 32 bits, and two scales for each 256 numbers
     parts = {"weights": sum(x.numel() * x.element_size() for x in held), "gradients": 0, "optimizer": state,
              "activations": 0, "head": 0} | live.peak
-    if device_type(s) == "cpu":  # malloc gives back only what is large; of the rest it held half as much again, measured
+    if device_type(s) == "cpu":  # malloc gives back only what is large; the rest was half as much again
         parts |= {"heap": 0.5 * parts["activations"], "process": memory_gb(torch.device("cpu"))[0] * 1e9}
     parts["activations"] += parts.pop("large", 0)
     return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
@@ -1685,10 +1697,10 @@ def ladder(config, s, stage, limit):
     rungs = [{"optimizer_in_backward": True}] * (s["dtype"] != "float16") + [{"use_8bit_adam": True}]
     rungs += [{"use_gradient_checkpointing": True, "checkpoint_share": share} for share in (0.25, 0.5, 0.75, 1.0)]
     size, steps = s["batch_size"], s["gradient_accumulation_steps"]
-    while size > 1:
+    while size % 2 == 0:
         size, steps = size // 2, steps * 2
         rungs.append({"batch_size": size, "gradient_accumulation_steps": steps})
-    rungs += [{"use_lora": True}] * bool(not s["use_lora"] and stage["diffusion"])
+    rungs += [{"use_lora": True}] * bool(not s["use_lora"] and stage["diffusion"])  # the last, as it is another thing
     total = estimate(config, s, stage)["total"]
     climbed = [({}, total)]
     for rung in rungs:
@@ -1698,8 +1710,13 @@ def ladder(config, s, stage, limit):
         if new < 0.99 * total:
             s, total = s | rung, new
             climbed.append((climbed[-1][0] | rung, total))
-    one, two = (estimate(config, s | {"batch_size": n}, stage)["total"] for n in (1, 2))
-    return climbed, total <= limit, max(0, 1 + math.floor((limit - one) / (two - one)))
+    largest, below, above = 0, 0.0, estimate(config, s | {"batch_size": 1}, stage)["total"]
+    while above <= limit and largest < 512:  # doubled until it does not fit; between two that do and do not, a line
+        largest, below = max(1, 2 * largest), above
+        above = estimate(config, s | {"batch_size": 2 * largest}, stage)["total"]
+    if above > limit and largest:
+        largest += math.floor(largest * (limit - below) / (above - below))
+    return climbed, total <= limit, largest
 
 
 def print_memory(parts, climbed, fits, largest, limit):
@@ -1836,26 +1853,72 @@ def describe(model, moved, windows, held, meta, stages, per_step):
     print()
 
 
+def check_settings():
+    """UserError for settings that do not go together."""
+    if not block_size and (distill_weight or full_mask_share):
+        raise UserError(f"{'distill_weight' if distill_weight else 'full_mask_share'}: needs a block_size")
+    if (block_size or use_lora) and not use_bidirectional_attention:
+        raise UserError(f"{'block_size' if block_size else 'use_lora'}: needs use_bidirectional_attention")
+    if block_size == 1:
+        raise UserError("block_size: a block of 1 is the AR model; 0 for the whole window, or 2 and more")
+    if not diffusion_loss_weight and (use_lora or not lm_loss_weight):
+        raise UserError("diffusion_loss_weight: 0 leaves nothing to train" + " adapters on" * use_lora)
+    if not set(lm_loss_stages) <= set("123"):
+        raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
+    if on_policy_tokens and not diffusion_loss_weight:
+        raise UserError("on_policy_tokens: its own text teaches it to draft, which diffusion_loss_weight=0 leaves out")
+    if on_policy_tokens and on_policy_share == 1 and not use_lora:
+        raise UserError("on_policy_share: its own text alone would cost the AR model what it knows; less than 1, as "
+                        "--on_policy_share=0.25, or --use_lora, which leaves the AR model alone")
+    if on_policy_tokens and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1:
+        raise UserError("on_policy_share: a step of one window cannot be shared; more gradient_accumulation_steps")
+    if optimizer_in_backward and dtype == "float16":
+        raise UserError("optimizer_in_backward: not with float16, whose gradients are scaled; --dtype=bfloat16")
+    if use_lora and stage0_epochs:
+        raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
+    if use_lora and stage3_epochs:
+        print("use_lora: the AR model stays as it was, so stage 3 has nothing to recover: it goes on with diffusion")
+
+
+def check_model(model):
+    """UserError for windows that the model cannot take."""
+    if block_size and max_seq_length % block_size:
+        raise UserError(f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}")
+    if max_seq_length > model.positions:
+        raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
+
+
 def plan_memory(settings, out, limit):
     """Print what estimate() and ladder() find; with auto_memory switch on what it takes, {setting: value}.
 
     A run that goes on keeps what it chose at its start.
     """
-    newest = [Path(checkpoint)] * bool(checkpoint) or checkpoints(out)[:1] * resume
-    if auto_memory and newest and is_whole(newest[0]):
-        means = {k: read_record(newest[0])["settings"][k] for k in MEANS}
+    for source in [Path(checkpoint)] if checkpoint else checkpoints(out) * resume if auto_memory else []:
+        if (source / "diffusion.json").is_file():
+            kept = read_record(source)["settings"]
+            means, fits = {k: kept.get(k, settings[k]) for k in MEANS}, True
+            break
     else:
-        config = load_config(model_name, model_config, byte_tokenizer() if tokenizer_name == "bytes" else None)
-        stage = all_losses(make_stages(1, 1, 0))
-        parts, (climbed, fits, largest) = estimate(config, settings, stage), ladder(config, settings, stage, limit)
+        try:
+            config = load_config(model_name, model_config, byte_tokenizer() if tokenizer_name == "bytes" else None)
+            stage = all_losses(make_stages(1, 1, 0))
+            parts, (climbed, fits, largest) = estimate(config, settings, stage), ladder(config, settings, stage, limit)
+        except UserError as error:
+            if auto_memory:
+                raise
+            print(f"memory: {error}")
+            return {}
         print_memory(parts, climbed, fits, largest, limit)
-        means = climbed[-1][0]
-        means |= {k: False for k in ("optimizer_in_backward", "use_8bit_adam", "use_gradient_checkpointing")
-                  if k not in means}
-    if auto_memory:
-        print("auto_memory: " + " ".join(f"--{k}={v}" for k, v in means.items()))
-        globals().update(means)
-    return means if auto_memory else {}
+        means = {"optimizer_in_backward": False, "use_8bit_adam": False, "use_gradient_checkpointing": False}
+        means |= climbed[-1][0]
+    if not auto_memory:
+        return {}
+    if means.get("use_lora", use_lora) != use_lora or not fits:
+        raise UserError(f"auto_memory: this does not fit {limit:.1f} GB (max_memory_gb); --use_lora trains adapters "
+                        "instead of all weights, else a smaller max_seq_length or another model")
+    print("auto_memory: " + " ".join(f"--{k}={v}" for k, v in means.items()))
+    globals().update(means)
+    return means
 
 
 def find_run(out, settings):
@@ -1897,7 +1960,7 @@ def train_step(model, optimizer, scaler, amp, stage, sources, where, state):
     """One optimizer step, of windows from sources [(windows, how many)] at where (seed, stage, step).
 
     Returns its loss and the norm of its gradient, (2,), still on the device: nothing here waits for that, but for an
-    8-bit optimizer and a scaler. A step of which either is not finite changes no weight.
+    8-bit optimizer and a scaler. A step of which either is not finite changes no weight, but for optimizer_in_backward.
     """
     with phase("data"):
         ids = torch.cat([get_batch(windows, n, *where) for windows, n in sources if n])  # (N, T)
@@ -1919,12 +1982,13 @@ def train_step(model, optimizer, scaler, amp, stage, sources, where, state):
             for p in params:
                 if p.grad is not None:  # the last run did not reach it
                     model.updates["update"](p)
-            norm = model.updates["norm"] = torch.linalg.vector_norm(torch.stack(model.updates["norms"]))
+            norm = torch.linalg.vector_norm(torch.stack(model.updates["norms"]))
+            model.updates["norm"] = torch.where(norm.isfinite(), norm, model.updates["norm"])
             return torch.stack([loss, norm])
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
         finite = loss.isfinite() & norm.isfinite()
-        if isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled():
+        if isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled() and device.type != "mps":
             optimizer.found_inf = 1 - finite.float()  # where it is 1 the fused kernel changes nothing
             optimizer.step()
         elif scaler.is_enabled() or finite:  # the scaler skips by itself, and lowers its scale
@@ -1943,29 +2007,7 @@ def main(argv):
         print(f"this run is finished: {out}/final; --out_dir=... starts another")
         return
     torch.autograd.set_detect_anomaly(debug)
-    if not block_size and (distill_weight or full_mask_share):
-        raise UserError(f"{'distill_weight' if distill_weight else 'full_mask_share'}: needs a block_size")
-    if (block_size or use_lora) and not use_bidirectional_attention:
-        raise UserError(f"{'block_size' if block_size else 'use_lora'}: needs use_bidirectional_attention")
-    if block_size == 1:
-        raise UserError("block_size: a block of 1 is the AR model; 0 for the whole window, or 2 and more")
-    if not diffusion_loss_weight and (use_lora or not lm_loss_weight):
-        raise UserError("diffusion_loss_weight: 0 leaves nothing to train" + " adapters on" * use_lora)
-    if not set(lm_loss_stages) <= set("123"):
-        raise UserError(f"lm_loss_stages: some of 1, 2 and 3 in a row, as 23, not '{lm_loss_stages}'")
-    if on_policy_tokens and not diffusion_loss_weight:
-        raise UserError("on_policy_tokens: its own text teaches it to draft, which diffusion_loss_weight=0 leaves out")
-    if on_policy_tokens and on_policy_share == 1 and not use_lora:
-        raise UserError("on_policy_share: its own text alone would cost the AR model what it knows; less than 1, as "
-                        "--on_policy_share=0.25, or --use_lora, which leaves the AR model alone")
-    if on_policy_tokens and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1:
-        raise UserError("on_policy_share: a step of one window cannot be shared; more gradient_accumulation_steps")
-    if optimizer_in_backward and dtype == "float16":
-        raise UserError("optimizer_in_backward: not with float16, whose gradients are scaled; --dtype=bfloat16")
-    if use_lora and stage0_epochs:
-        raise UserError("use_lora: the model stays as it is, so it cannot be pre-trained; --stage0_epochs=0")
-    if use_lora and stage3_epochs:
-        print("use_lora: the AR model stays as it was, so stage 3 has nothing to recover: it goes on with diffusion")
+    check_settings()
 
     # -- the machine
     place = pick_device(device)
@@ -1984,10 +2026,7 @@ def main(argv):
     ours = model_settings(settings)
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
     model, tokenizer = load_model(*names, place.type, **ours)
-    if block_size and max_seq_length % block_size:
-        raise UserError(f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}")
-    if max_seq_length > model.positions:
-        raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
+    check_model(model)
     model.to(place)
     start_of_sample = canvas(model, tokenizer, sample_prompt, 32)
     moved = probe(model, max_seq_length)
@@ -2144,13 +2183,14 @@ def main(argv):
                       "tokens": state["tokens"] + per_step * max_seq_length}
             bar.update()
             last = state["step"] == steps
-            due = last or signals or debug or dry_run or any(
+            stop = bool(signals)
+            due = last or stop or debug or dry_run or any(
                 n and state["total"] % n == 0 for n in (log_steps, eval_steps, save_steps))
             if due:  # waits for the device, so not at each step
                 for n, (loss, grad_norm) in enumerate(torch.stack(pending).tolist(), 1 - len(pending)):
                     finite = math.isfinite(loss) and math.isfinite(grad_norm)
                     state |= {"losses": state["losses"] + [loss] * finite, "skipped": state["skipped"] + (not finite),
-                              "grad_norm": grad_norm,
+                              "grad_norm": grad_norm if math.isfinite(grad_norm) else state["grad_norm"],
                               "skipped_in_a_row": 0 if finite else state["skipped_in_a_row"] + 1}
                     if debug:
                         tqdm.write(f"step {state['total'] + n}: loss {loss}, grad_norm {grad_norm}")
@@ -2175,10 +2215,10 @@ def main(argv):
                 tqdm.write(f"{progress()}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {grad_norm:7.3f}  "
                            f"{row['tokens_per_s']:8,} tokens/s  {memory:5.1f} GB  left {left}")
                 state["losses"], seconds = [], []
-            if not dry_run and (last or signals or save_steps and state["total"] % save_steps == 0):
+            if not dry_run and (last or stop or save_steps and state["total"] % save_steps == 0):
                 save(f"checkpoint_{state['total']}",
                      {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-            if signals:
+            if stop:
                 bar.close()
                 again = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
                 print(f"stopped by {signal.Signals(signals[0]).name}; go on with: {again}")

@@ -60,7 +60,8 @@ def cards():
         cells = []
         for r in sorted((r for r in rows if r["name"].partition(":")[0] == name), key=lambda r: r["limit_gb"]):
             means = r["ladder"][-1]["means"]
-            words = ["8-bit Adam"] * means.get("use_8bit_adam", False)
+            words = ["in backward"] * means.get("optimizer_in_backward", False)
+            words += ["8-bit Adam"] * means.get("use_8bit_adam", False)
             words += [f"checkpointing of {means.get('checkpoint_share', 0):.0%}"] * (
                 means.get("use_gradient_checkpointing", False))
             words += [f"batch_size {means[k]}" for k in ("batch_size",) if k in means]
@@ -74,5 +75,5 @@ def cards():
 TABLES = {"speed": speed, "writing": writing, "estimates": estimates, "cards": cards}
 
 if __name__ == "__main__":
-    for name, table in TABLES.items():
-        print(f"<!-- {name} -->", *table(), "<!-- end -->", "", sep="\n")
+    for name, make in TABLES.items():
+        print(f"<!-- {name} -->", *make(), "<!-- end -->", "", sep="\n")
