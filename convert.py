@@ -526,6 +526,7 @@ class DiffusionLM(nn.Module):
         self.context_apart = False  # blocks: the clean copy in a run of its own, without gradient, as nothing trains it
         self.views, self.gate, self.adapters, self.lora_config = {}, None, [], None
         self.updates = None  # of update_in_backward()
+        self.head_floats = 2**26  # a chunk of the head has so many logits, 256 MB
         if lora:
             self.add_adapters(**lora)
 
@@ -721,7 +722,7 @@ class DiffusionLM(nn.Module):
                 loss = loss + (kl * taught).sum()
             return loss
 
-        size = max(1, 2**26 // self.mask_id)  # rows whose float32 logits take 256 MB
+        size = max(1, self.head_floats // self.mask_id)  # rows; more are computed again in the backward pass
         with phase("head"):
             parts = states[rows], targets, weights, states[teachers].detach(), taught
             if len(rows) <= size:
@@ -1459,8 +1460,14 @@ def checkpoint_layers(model, share):
     return True
 
 
+def head_floats(device_type):
+    """Logits in a chunk of the head: 1 GB of them where memory is the host's, else 256 MB."""
+    return 2**28 if device_type == "cpu" else 2**26
+
+
 def set_up(model, place):
     """Switch on, as the settings say, what saves time or memory and changes no loss."""
+    model.head_floats = head_floats(place.type)
     embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     if place.type == "cpu" and head is not None and head.weight is embedding.weight:
         embedding.sparse = True  # its gradient joins the head's row by row, not by another matrix of that size
@@ -1624,6 +1631,7 @@ def on_paper(config, s, stage):
                     y = torch.empty_like(x, device="cpu")
                     made[x] = nn.Parameter(y) if isinstance(x, nn.Parameter) else y
                 named[name] = made.get(x)
+    model.head_floats = head_floats(device_type(s))
     checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
     model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
     freeze(model, stage.get("trains", "everything"))
