@@ -1565,6 +1565,7 @@ def compile_layers(model):
 # Memory, on paper: the real step of the real model on tensors that have a shape and no content
 MEANS = ("optimizer_in_backward", "use_8bit_adam", "use_gradient_checkpointing", "checkpoint_share", "batch_size",
          "gradient_accumulation_steps", "use_lora")
+estimates = {}  # what estimate() has found, by all that it depends on
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1664,6 +1665,9 @@ def estimate(config, s, stage):
     whose step depends on its data.
     """
     global phase
+    key = repr((config, stage, {k: v for k, v in s.items() if k != "max_memory_gb"}))
+    if key in estimates:  # a ladder comes by the same settings more than once, and some models take seconds
+        return estimates[key]
     mode, model, micro_batches = on_paper(config, s, stage)
     runs = micro_batches[-1] * (1 + (s["gradient_accumulation_steps"] > 1))  # gradients add up from the second on
     live, usual = LiveBytes(model), phase
@@ -1692,7 +1696,8 @@ def estimate(config, s, stage):
     if device_type(s) == "cpu":  # malloc gives back only what is large; the rest was half as much again
         parts |= {"heap": 0.5 * parts["activations"], "process": memory_gb(torch.device("cpu"))[0] * 1e9}
     parts["activations"] += parts.pop("large", 0)
-    return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
+    estimates[key] = {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
+    return estimates[key]
 
 
 def ladder(config, s, stage, limit):

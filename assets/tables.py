@@ -3,15 +3,19 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
+STEP = "compile_model", "use_8bit_adam", "optimizer_in_backward", "use_gradient_checkpointing", "block_size", "use_lora"
 
 
 def rows_of(name):
-    """The rows of a log, each with the arguments that only some of its commands have."""
-    rows = [json.loads(line) for line in (HERE / name).read_text().splitlines()]
-    common = set.intersection(*(set(r["command"].split()) for r in rows))
-    for r in rows:
-        r["flags"] = " ".join(word for word in r["command"].split() if word not in common)
-    return rows
+    """The rows of a log."""
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def label(row, *settings):
+    """What a row is of: the config file, and those of the settings that are on."""
+    on = [f"`{k}`" if row["settings"][k] is True else f"`{k}={row['settings'][k]}`" for k in settings
+          if row["settings"][k]]
+    return ", ".join([row["name"], *on])
 
 
 def table(*rows):
@@ -21,21 +25,22 @@ def table(*rows):
 
 def speed():
     """Training, each beside the plain way of the same minutes."""
-    rows = [["flags", "tokens/s", "plain", "speed", "GB", "plain", "memory", "of the GEMM peak"]]
+    rows = [["", "tokens/s", "plain", "speed", "GB", "plain", "memory", "of the GEMM peak"]]
     for r in rows_of("bench.jsonl"):
         theirs = ["", "", "", ""] if "speedup" not in r else [
             f"{r['baseline_tokens_per_s']:.0f}", f"{r['speedup']:.2f}", f"{r['baseline_peak_memory_gb']:.2f}",
             f"{r['memory_ratio']:.2f}"]
-        rows.append([f"`{r['flags']}`", f"{r['tokens_per_s']:.0f}", *theirs[:2], f"{r['peak_memory_gb']:.2f}",
+        rows.append([label(r, "dtype", *STEP), f"{r['tokens_per_s']:.0f}", *theirs[:2], f"{r['peak_memory_gb']:.2f}",
                      *theirs[2:], "" if r["mfu"] is None else f"{r['mfu']:.0%}"])
     return table(*rows)
 
 
 def writing():
     """Sampling, beside LLaDA's plain loop and plain AR decoding."""
-    rows = [["flags", "tokens/s", "passes a token", "LLaDA's loop", "speed", "plain AR", "verified"]]
+    rows = [["", "tokens/s", "passes a token", "LLaDA's loop", "speed", "plain AR", "verified"]]
     for r in rows_of("bench_sampling.jsonl"):
-        rows.append([f"`{r['flags']}`", f"{r['sample_tokens_per_s']:.1f}", f"{r['forwards_per_token']:.2f}",
+        what = ["prompts", "threshold"] if r["settings"]["prompts"] else ["block_size"]  # of a folder: its own
+        rows.append([label(r, *what, "new_tokens"), f"{r['sample_tokens_per_s']:.1f}", f"{r['forwards_per_token']:.2f}",
                      f"{r['baseline_sample_tokens_per_s']:.1f}", f"{r['sample_speedup']:.2f}",
                      f"{r['ar_tokens_per_s']:.1f}",
                      f"{r['verify_tokens_per_s']:.1f}" if "verify_tokens_per_s" in r else ""])
@@ -44,16 +49,15 @@ def writing():
 
 def estimates():
     """What --estimate says, beside what the same settings then took."""
-    rows, found = [["flags", "estimated, GB", "measured, GB"]], rows_of("bench_estimates.jsonl")
+    rows, found = [["", "estimated, GB", "measured, GB"]], rows_of("bench_estimates.jsonl")
     for measured, r in zip(found[::2], found[1::2], strict=True):
-        flags = " ".join(f for f in r["flags"].split() if f in measured["flags"].split())
-        rows.append([f"`{flags}`", f"{r['estimate_gb']['total']:.2f}", f"{measured['peak_memory_gb']:.2f}"])
+        rows.append([label(r, "dtype", "batch_size", "gradient_accumulation_steps", *STEP), f"{r['estimate_gb']['total']:.2f}", f"{measured['peak_memory_gb']:.2f}"])
     return table(*rows)
 
 
 def cards():
     """What it takes for a model to fit a card, and the largest batch then."""
-    rows = [json.loads(line) for line in (HERE / "bench_cards.jsonl").read_text().splitlines()]
+    rows = rows_of("bench_cards.jsonl")
     sizes = sorted({r["limit_gb"] for r in rows})
     lines = [["model", "with no means", *(f"{round(x) + 3} GB" for x in sizes)]]
     for name in dict.fromkeys(r["name"].partition(":")[0] for r in rows):
