@@ -99,7 +99,7 @@ def build(s, training=True):
     converted = not training and not config_json and (Path(s["model_name"]) / "diffusion.json").is_file()
     model, tokenizer = load_model(s["model_name"], "bytes" if s["random_weights"] else s["tokenizer_name"], config_json,
                                   place.type, **({} if converted else model_settings(s)))
-    convert.check_model(model)
+    convert.check_model(model, s)
     return place, amp, model.to(place), tokenizer
 
 
@@ -259,7 +259,7 @@ def sampling_of(s):
     n, drafts = s["new_tokens"], min(3, model.block_size - 1 - (not model.logit_shift))
     longest = max(map(len, texts)) + n + 8 + model.block_size  # drafts and the last block reach past the end
     if longest > model.positions:
-        raise UserError(f"new_tokens: up to {longest} positions, the model has {model.positions}")
+        raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has {model.positions}")
     while True:
         how = yield row
         synchronize(place)
@@ -518,6 +518,8 @@ def cells(text, settings):
         if given or key in settings or not name:
             name = key
             checked(name, settings.get(name), settings, None, "sweep")  # that there is one
+            if name in ("sweep", "json", "plot", "profile", "estimate", "random_weights"):
+                raise UserError(f"sweep: {name} is no setting of a cell")
             values[name] = []
         if given or key != name or key not in settings:
             values[name].append(from_flag(name, value if given else item, settings))
@@ -556,7 +558,7 @@ def draw(rows, names):
     try:
         import matplotlib
     except ImportError:
-        print("bench.png: not drawn, as matplotlib is not installed")
+        print("bench.png: not drawn, as matplotlib is not installed", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -571,8 +573,11 @@ def draw(rows, names):
         axis.margins(x=0.2)
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].invert_yaxis()
-    figure.savefig("bench.png", dpi=110)
-    print("drawn: bench.png")
+    try:
+        figure.savefig("bench.png", dpi=110)
+        print("drawn: bench.png", file=sys.stderr)
+    except OSError as error:
+        print(f"bench.png: not drawn: {first_line(error)}", file=sys.stderr)
 
 
 def main(argv):
@@ -582,9 +587,19 @@ def main(argv):
         try:
             rows = [loads(line) for line in Path(settings["plot"]).read_text().splitlines()]
             draw(rows, [r["name"] for r in rows])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except convert.FOREIGN as error:
             raise UserError(f"plot: '{settings['plot']}' is no log of bench.py: {first_line(error)}") from None
         return
+    if not (settings["train"] or settings["sampling"] or settings["estimate"]):
+        raise UserError("train, sampling: one of them, or --estimate")
+    for what in "json", "profile":  # known before the work
+        try:
+            if settings[what]:
+                if Path(settings[what]).exists() and not Path(settings[what]).is_file():
+                    raise OSError("not a file")
+                open(settings[what], "a").close()
+        except OSError as error:
+            raise UserError(f"{what}: '{settings[what]}' cannot be written: {first_line(error)}") from None
     name = " + ".join(Path(f).stem for f in files) or settings["model_name"]
     found = []
     for cell in cells(settings["sweep"], settings):
@@ -608,11 +623,8 @@ def main(argv):
                             "python": platform.python_version()}, "settings": s}
         found.append(row)
         if s["json"]:
-            try:
-                with open(s["json"], "a") as file:
-                    file.write(dumps(row) + "\n")
-            except OSError as error:
-                raise UserError(f"json: '{s['json']}' cannot be written: {first_line(error)}") from None
+            with open(s["json"], "a") as file:
+                file.write(dumps(row) + "\n")
     if settings["sweep"]:
         names = [r["name"].partition(": ")[2] for r in found]
         width = max(map(len, names))
@@ -621,8 +633,10 @@ def main(argv):
             figures = r.get("tokens_per_s"), memory_of(r), r.get("sample_tokens_per_s")
             shown = [f"{x:,.4g}" if x else "" for x in figures]
             print(f"{name:{width}}  {shown[0]:>10}  {shown[1]:>8}  {shown[2]:>10}  {r.get('error', '')}")
+        print(dumps(found), flush=True)
         draw(found, names)
-    print(dumps(found if settings["sweep"] else found[0]))
+    else:
+        print(dumps(found[0]))
 
 
 if __name__ == "__main__":

@@ -1624,6 +1624,8 @@ def on_paper(config, s, stage):
     with refused(f"model_name: architecture '{config.model_type}' cannot be estimated"), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=weights_type(s["use_lora"], device_type(s)))
         model = DiffusionLM(lm, **model_settings(s)).train()
+    check_model(model, s)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it raises as well
     made = {}  # a tied weight once
     with mode:
         for named in (x for m in model.modules() for x in (m._parameters, m._buffers)):
@@ -1893,12 +1895,12 @@ def check_settings():
         print("use_lora: the AR model stays as it was, so stage 3 has nothing to recover: it goes on with diffusion")
 
 
-def check_model(model):
-    """UserError for windows that the model cannot take."""
-    if block_size and max_seq_length % block_size:
-        raise UserError(f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}")
-    if max_seq_length > model.positions:
-        raise UserError(f"max_seq_length: {max_seq_length}, but the model has {model.positions} positions")
+def check_model(model, s):
+    """UserError for windows of settings s that the model cannot take."""
+    if s["block_size"] and s["max_seq_length"] % s["block_size"]:
+        raise UserError(f"block_size: {s['block_size']} does not divide max_seq_length, {s['max_seq_length']}")
+    if s["max_seq_length"] > model.positions:
+        raise UserError(f"max_seq_length: {s['max_seq_length']}, but the model has {model.positions} positions")
 
 
 def plan_memory(settings, out, limit):
@@ -1919,7 +1921,7 @@ def plan_memory(settings, out, limit):
         except UserError as error:
             if auto_memory:
                 raise
-            print(f"memory: {error}")
+            print(f"memory: not estimated: {error}")
             return {}
         print_memory(parts, climbed, fits, largest, limit)
         means = {"optimizer_in_backward": False, "use_8bit_adam": False, "use_gradient_checkpointing": False}
@@ -1927,7 +1929,7 @@ def plan_memory(settings, out, limit):
     if not auto_memory:
         return {}
     if means.get("use_lora", use_lora) != use_lora or not fits:
-        raise UserError(f"auto_memory: this does not fit {limit:.1f} GB (max_memory_gb); --use_lora trains adapters "
+        raise UserError(f"auto_memory: this does not fit {limit:.3g} GB (max_memory_gb); --use_lora trains adapters "
                         "instead of all weights, else a smaller max_seq_length or another model")
     print("auto_memory: " + " ".join(f"--{k}={v}" for k, v in means.items()))
     globals().update(means)
@@ -2039,7 +2041,7 @@ def main(argv):
     ours = model_settings(settings)
     names = (str(source), "", "") if source else (model_name, tokenizer_name, model_config)
     model, tokenizer = load_model(*names, place.type, **ours)
-    check_model(model)
+    check_model(model, settings)
     model.to(place)
     start_of_sample = canvas(model, tokenizer, sample_prompt, 32)
     moved = probe(model, max_seq_length)

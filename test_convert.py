@@ -1693,10 +1693,14 @@ def test_a_sweep_is_a_row_a_cell_and_out_of_memory_is_one(bench_main, monkeypatc
 
 @pytest.mark.parametrize("flag, word", [
     ("--sweep=batch_sise=1", "batch_sise"), ("--sweep=batch_size=1,x", "batch_size"), ("--sweep=model_name", "values"),
-    ("--batch_sise=1", "batch_size"), ("--plot=nowhere", "nowhere"), ("--stage=4", "stage"),
+    ("--estimate --block_size=7", "divide"), ("--estimate --max_seq_length=999", "positions"),
+    ("--json=/nowhere/x", "json"), ("--profile=/dev", "profile"), ("--sampling=false", "train, sampling"),
+    ("--sweep=sweep=a", "cell"), ("--batch_sise=1", "batch_size"), ("--plot=nowhere", "nowhere"),
+    ("--stage=4", "stage"),
     ("--model_config={\"model_type\": \"nothing\"}", "nothing"), ("--prompts=nowhere", "nowhere")])
 def test_what_bench_cannot_do_is_one_line_and_exit_2(bench_main, flag, word):
-    code, out, err = bench_main(*SMALL_BENCH, "--train=false", flag)
+    code, out, err = bench_main(*SMALL_BENCH, "--train=false", *flag.split(" --")[:1], *(
+        f"--{more}" for more in flag.split(" --")[1:]))
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 

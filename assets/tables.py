@@ -51,7 +51,8 @@ def estimates():
     """What --estimate says, beside what the same settings then took."""
     rows, found = [["", "estimated, GB", "measured, GB"]], rows_of("bench_estimates.jsonl")
     for measured, r in zip(found[::2], found[1::2], strict=True):
-        rows.append([label(r, "dtype", "batch_size", "gradient_accumulation_steps", *STEP), f"{r['estimate_gb']['total']:.2f}", f"{measured['peak_memory_gb']:.2f}"])
+        what = label(r, "dtype", "batch_size", "gradient_accumulation_steps", *STEP)
+        rows.append([what, f"{r['estimate_gb']['total']:.2f}", f"{measured['peak_memory_gb']:.2f}"])
     return table(*rows)
 
 
