@@ -1565,7 +1565,8 @@ def compile_layers(model):
 # Memory, on paper: the real step of the real model on tensors that have a shape and no content
 MEANS = ("optimizer_in_backward", "use_8bit_adam", "use_gradient_checkpointing", "checkpoint_share", "batch_size",
          "gradient_accumulation_steps", "use_lora")
-estimates = {}  # what estimate() has found, by all that it depends on
+# what estimate() has found, by all that it depends on
+estimates = {}
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1553,7 +1553,8 @@ def small_settings(**more):
 
 
 ALL = {"diffusion": 1, "lm": 1, "distill": 0}
-PAPER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 999}
+PAPER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 999,
+         "max_position_embeddings": 256}
 
 
 @pytest.mark.parametrize("family, more", [
@@ -1783,6 +1784,13 @@ def test_readme_lists_every_setting_with_its_default_and_reason():
         assert [name for name, *_ in rows] == configurator.names_of(vars(module))
         table = [f"| `{name}` | `{default}` | {why.replace('|', chr(92) + '|')} |" for name, default, why in rows]
         assert quoted(block).splitlines()[2:] == table
+
+
+def test_readme_has_the_tables_of_the_logs():
+    printed = subprocess.run([sys.executable, HERE / "assets/tables.py"], capture_output=True, text=True, check=True)
+    tables = re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", printed.stdout, re.S)
+    assert [name for name, _ in tables] == ["speed", "writing", "estimates", "cards"]
+    assert all(quoted(name) == table for name, table in tables)
 
 
 def families_table():
