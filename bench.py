@@ -34,11 +34,9 @@ import convert
 from configurator import UserError, checked, configure, from_flag, names_of
 from convert import (
     Failure,
-    all_losses,
     byte_tokenizer,
     first_line,
     freeze,
-    ladder,
     load_config,
     load_model,
     make_optimizer,
@@ -49,10 +47,12 @@ from convert import (
     out_of_memory,
     pick_autocast,
     pick_device,
+    pick_scaler,
     print_memory,
     run,
     train_step,
     update_in_backward,
+    usable_gb,
     write,
 )
 from sample import decode_verified
@@ -83,7 +83,6 @@ allowed = {"stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tok
            "sample_steps": (1, 10**5), "threshold": (0, 1)}
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is timed. Each runs in a process of its own, so that its memory is its own: a generator that builds, yields what
 # it found, and then does one more piece of work each time it is sent a request.
@@ -93,14 +92,18 @@ def build(s, training=True):
     amp, config_json = pick_autocast(place, s["dtype"], cache=not training), s["model_config"]
     if s["random_weights"] and not config_json:
         config_json = load_config(s["model_name"]).to_json_string(use_diff=False)
-    if place.type == "cuda" and s["max_memory_gb"]:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, s["max_memory_gb"] / memory_gb(place)[1]), place)
+    usable_gb(place, s["max_memory_gb"])
     torch.manual_seed(s["seed"])
     converted = not training and not config_json and (Path(s["model_name"]) / "diffusion.json").is_file()
     model, tokenizer = load_model(s["model_name"], "bytes" if s["random_weights"] else s["tokenizer_name"], config_json,
                                   place.type, **({} if converted else model_settings(s)))
     convert.check_model(model, s)
     return place, amp, model.to(place), tokenizer
+
+
+def use(s):
+    """Have convert.py go by settings s, those of them that are its own."""
+    vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
 
 
 def synchronize(place):
@@ -160,7 +163,7 @@ def split(place, spent):
 def our_training(s):
     """The training step of convert.py."""
     place, amp, model, _ = build(s)
-    convert.set_up(model, place)
+    convert.set_up(model, s, place)
     windows = np.random.default_rng(0).integers(0, model.mask_id, (1000, s["max_seq_length"]), np.int32)
     per_step = s["batch_size"] * s["gradient_accumulation_steps"]
     which = make_stages(len(windows), per_step, 0)[s["stage"]] | {"steps": 10**6, "warmup": 0, "own": 0}
@@ -169,7 +172,7 @@ def our_training(s):
                                s["use_8bit_adam"], place)
     if s["optimizer_in_backward"]:
         update_in_backward(model, params, optimizer, 0.0)
-    scaler = torch.amp.GradScaler(place.type, enabled=s["dtype"] == "float16" and place.type != "cpu")
+    scaler = pick_scaler(place, s["dtype"])
     state, row = {"micro_batch": s["batch_size"]}, {"device": name_of(place)}
     for step in itertools.count():
         how = yield row
@@ -300,7 +303,7 @@ def name_of(place):
 def serve(pipe, work, s):
     """The other end of started(): runs a generator, a piece of work a request, and sends what it raises as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with the process that asks
-    vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
+    use(s)
     try:
         generator = work(s)
         answer = next(generator)
@@ -472,14 +475,8 @@ def measure_sampling(s):
 
 def measure_memory(s):
     """A row of estimate() and ladder(); with a max_memory_gb also for a device that is not there."""
-    limit = s["max_memory_gb"]
-    if not limit:
-        whole = memory_gb(pick_device(s["device"]))[1]
-        limit = max(whole - 3, whole / 2)
-    which = all_losses(make_stages(1, 1, 0))
-    config = config_of(s)
-    parts, (climbed, fits, largest) = convert.estimate(config, s, which), ladder(config, s, which, limit)
-    print_memory(parts, climbed, fits, largest, limit)
+    limit = s["max_memory_gb"] or usable_gb(pick_device(s["device"]), 0)
+    parts, climbed, fits, largest = print_memory(config_of(s), s, limit)
     return {"estimate_gb": parts, "fits": fits, "ladder": [{"means": m, "gb": gb} for m, gb in climbed],
             "largest_batch": largest, "limit_gb": limit}
 
@@ -604,7 +601,7 @@ def main(argv):
     found = []
     for cell in cells(settings["sweep"], settings):
         s = settings | cell
-        vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
+        use(s)
         title = ", ".join(f"{k}={v}" for k, v in cell.items())
         if title:
             print(f"-- {title}", flush=True)

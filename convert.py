@@ -1460,31 +1460,31 @@ def checkpoint_layers(model, share):
     return True
 
 
-def head_floats(device_type):
-    """Logits in a chunk of the head: 1 GB of them where memory is the host's, else 256 MB."""
-    return 2**28 if device_type == "cpu" else 2**26
+def save_memory(model, s, device_type):
+    """Switch on what settings s say that saves memory in a step; whether layers are checkpointed."""
+    model.head_floats = 2**28 if device_type == "cpu" else 2**26  # 1 GB of logits where memory is the host's
+    checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
+    # not with checkpointing, which would lose the cache, nor compiled, where a cache has each layer compile by itself
+    model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
+    return checkpointing
 
 
-def set_up(model, place):
-    """Switch on, as the settings say, what saves time or memory and changes no loss."""
-    model.head_floats = head_floats(place.type)
+def set_up(model, s, place):
+    """Switch on, as settings s say, what saves time or memory and changes no loss."""
     embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     if place.type == "cpu" and head is not None and head.weight is embedding.weight:
         embedding.sparse = True  # its gradient joins the head's row by row, not by another matrix of that size
-    checkpointing = use_gradient_checkpointing and checkpoint_layers(model, checkpoint_share)
-    if use_gradient_checkpointing and not checkpointing:
+    if not save_memory(model, s, place.type) and s["use_gradient_checkpointing"]:
         print("use_gradient_checkpointing: goes on without, this architecture has none")
-    if block_size and place.type == "cuda":
+    if s["block_size"] and place.type == "cuda":
         try:
             if getattr(model.lm.config.get_text_config(), "attention_dropout", 0):
                 raise ValueError("it has attention dropout")
             model.lm.set_attn_implementation("flex_attention")
         except ValueError as error:
             print(f"block_size: attention by a mask tensor, this model has no flex_attention: {first_line(error)}")
-    if compile_model:
+    if s["compile_model"]:
         compile_layers(model)
-    # not with checkpointing, which would lose the cache, nor compiled, where a cache has each layer compile by itself
-    model.context_apart = bool(block_size and use_lora and not compile_model and not checkpointing)
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -1523,6 +1523,11 @@ def pick_autocast(device, name, cache=True):
     return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32", cache_enabled=cache)
 
 
+def pick_scaler(device, name):
+    """The loss scaler of a dtype: on for float16, which a CPU does without, else it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=name == "float16" and device.type != "cpu")
+
+
 def memory_gb(device):
     """Peak memory of this process on the device (on a CPU its resident memory), and the device's own, in GB."""
     if device.type == "cuda":
@@ -1532,6 +1537,14 @@ def memory_gb(device):
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, total / 1e9
+
+
+def usable_gb(device, wanted):
+    """How much memory a run may use, GB: wanted, which is a cap on CUDA then; 0: the device's, less 3."""
+    whole = memory_gb(device)[1]
+    if device.type == "cuda" and wanted:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / whole), device)
+    return wanted or max(whole - 3, whole / 2)
 
 
 def halving_when_out_of_memory(state, device, work, *args):
@@ -1635,9 +1648,7 @@ def on_paper(config, s, stage):
                     y = torch.empty_like(x, device="cpu")
                     made[x] = nn.Parameter(y) if isinstance(x, nn.Parameter) else y
                 named[name] = made.get(x)
-    model.head_floats = head_floats(device_type(s))
-    checkpointing = s["use_gradient_checkpointing"] and checkpoint_layers(model, s["checkpoint_share"])
-    model.context_apart = bool(s["block_size"] and s["use_lora"] and not s["compile_model"] and not checkpointing)
+    save_memory(model, s, device_type(s))
     freeze(model, stage.get("trains", "everything"))
     if device_type(s) == "cuda":  # whose fused kernels drop out without a matrix of it
         for m in model.modules():
@@ -1735,12 +1746,15 @@ def ladder(config, s, stage, limit):
     return climbed, total <= limit, largest
 
 
-def print_memory(parts, climbed, fits, largest, limit):
-    """What estimate() and ladder() found, for people."""
+def print_memory(config, s, limit):
+    """What estimate() and ladder() find for all stages of a run, printed: (GB by part, climbed, fits, largest)."""
+    stage = all_losses(make_stages(1, 1, 0))
+    parts, (climbed, fits, largest) = estimate(config, s, stage), ladder(config, s, stage, limit)
     print("memory, estimated as set: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v) + " GB")
     for means, total in climbed:
         print(f"{total:8.2f} GB  {' '.join(f'--{k}={v}' for k, v in means.items()) or 'with no means to save any'}")
     print(f"{'fits' if fits else 'does not fit'} {limit:.1f} GB (max_memory_gb); largest batch_size so: {largest}")
+    return parts, climbed, fits, largest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1917,14 +1931,12 @@ def plan_memory(settings, out, limit):
     else:
         try:
             config = load_config(model_name, model_config, byte_tokenizer() if tokenizer_name == "bytes" else None)
-            stage = all_losses(make_stages(1, 1, 0))
-            parts, (climbed, fits, largest) = estimate(config, settings, stage), ladder(config, settings, stage, limit)
+            _, climbed, fits, _ = print_memory(config, settings, limit)
         except UserError as error:
             if auto_memory:
                 raise
             print(f"memory: not estimated: {error}")
             return {}
-        print_memory(parts, climbed, fits, largest, limit)
         means = {"optimizer_in_backward": False, "use_8bit_adam": False, "use_gradient_checkpointing": False}
         means |= climbed[-1][0]
     if not auto_memory:
@@ -2028,10 +2040,7 @@ def main(argv):
     # -- the machine
     place = pick_device(device)
     amp, amp_to_write = pick_autocast(place, dtype, False), pick_autocast(place, dtype)
-    device_gb = memory_gb(place)[1]
-    memory_limit = max_memory_gb or max(device_gb - 3, device_gb / 2)
-    if place.type == "cuda" and max_memory_gb:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb / device_gb), place)
+    memory_limit = usable_gb(place, max_memory_gb)
     print(f"device: {place}, {amp.fast_dtype}, {memory_limit:.1f} GB")
     if auto_memory or dry_run:
         settings |= plan_memory(settings, out, memory_limit)
@@ -2071,7 +2080,7 @@ def main(argv):
     if disk > free:
         raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, but keep_checkpoints={keep_checkpoints}, one "
                         f"more and final/ need {disk / 1e9:.1f}")
-    set_up(model, place)
+    set_up(model, settings, place)
     model.train()
 
     # -- the log
@@ -2181,7 +2190,7 @@ def main(argv):
         for hook in hooks:
             hook.remove()
         hooks = update_in_backward(model, params, optimizer, state["grad_norm"]) if optimizer_in_backward else []
-        scaler = torch.amp.GradScaler(place.type, enabled=dtype == "float16" and place.type != "cpu")
+        scaler = pick_scaler(place, dtype)
         if training:
             optimizer.load_state_dict(training["optimizer"])
             scaler.load_state_dict(training["scaler"])

@@ -1544,7 +1544,7 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# On a GPU: pytest -m cuda, two minutes
+# Memory on paper, and bench.py
 def small_settings(**more):
     config = {k: vars(convert)[k] for k in configurator.names_of(vars(convert))} | {
         "device": "cpu", "dtype": "float32", "batch_size": 4, "gradient_accumulation_steps": 1, "max_seq_length": 64,
@@ -1705,6 +1705,8 @@ def test_what_bench_cannot_do_is_one_line_and_exit_2(bench_main, flag, word):
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m cuda, two minutes
 def cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 

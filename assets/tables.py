@@ -69,7 +69,8 @@ def cards():
             words += ["8-bit Adam"] * means.get("use_8bit_adam", False)
             words += [f"checkpointing of {means.get('checkpoint_share', 0):.0%}"] * (
                 means.get("use_gradient_checkpointing", False))
-            words += [f"batch_size {means[k]}" for k in ("batch_size",) if k in means]
+            if "batch_size" in means:
+                words.append(f"batch_size {means['batch_size']}")
             words += ["adapters"] * means.get("use_lora", False)
             cells.append(f"{' + '.join(words) or 'none'}: {r['ladder'][-1]['gb']:.1f} GB, up to {r['largest_batch']}"
                          if r["fits"] else "no")
