@@ -1,143 +1,269 @@
-"""What training and sampling cost on this machine: the real step of convert.py and the real sampler, timed.
+"""Measure what training and sampling cost on this machine: convert.py's step and sampler, timed.
 
-  python bench.py config/phi2.py config/single_a6000.py        # both, as these settings ask for
-  python bench.py config/phi2.py config/shapes/phi2.py --random_weights      # needs no hub
-  python bench.py config/tiny.py --baseline                    # beside the plain Hugging Face way, step by step
-  python bench.py config/phi2.py config/shapes/phi2.py --estimate --max_memory_gb=45      # memory, on paper
-  python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256          # a table and bench.png
-  python bench.py config/tiny.py --profile=trace.json          # the ten dearest operators, and a trace to look at
-  python bench.py --plot=log.jsonl                             # draws the rows that --json=log.jsonl has added
+  python bench.py config/tiny.py                        # a laptop, half a minute
+  python bench.py config/phi2.py config/shapes/phi2.py --random_weights   # downloads nothing
+  python bench.py config/tiny.py --baseline             # beside plain Hugging Face code
+  python bench.py config/phi2.py config/shapes/phi2.py --estimate --device=cuda --max_memory_gb=45
+  python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256
+  python bench.py config/tiny.py --profile=trace.json   # the ten most expensive operators
+  python bench.py --plot=log.jsonl                      # draw the rows that --json=log.jsonl added
 
-Every setting of convert.py works here too; the last line on stdout is JSON, an object or, of a sweep, their list.
+Every setting of convert.py works here too. The last line on stdout is JSON, for a sweep a list.
 """
 import contextlib
+import copy
 import itertools
+import logging
 import math
 import multiprocessing
+import os
 import platform
 import shlex
 import signal
 import statistics
 import sys
+import threading
 import time
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from json import dumps, loads
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 import transformers
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import convert
-from configurator import UserError, checked, configure, from_flag, names_of
-from convert import (
-    Failure,
-    byte_tokenizer,
-    first_line,
-    freeze,
-    load_config,
-    load_model,
-    make_optimizer,
-    make_stages,
-    memory_gb,
-    model_settings,
-    on_paper,
-    out_of_memory,
-    pick_autocast,
-    pick_device,
-    pick_scaler,
-    print_memory,
-    run,
-    train_step,
-    update_in_backward,
-    usable_gb,
-    write,
-)
-from sample import decode_verified
+import sample
+from configurator import UserError, check_value, configure, from_flag, setting_names
+from convert import RunError, errors_as, first_line, memory_gb, run
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what
-random_weights = False  # of the model's architecture; speed and memory are the same
+# --------------------------------------------------------------------------------------------------
+# measure
+random_weights = False  # of the model's architecture: as fast, and nothing to download
 train = True  # time the training step
-stage = 2  # which stage's step: 0 | 1 | 2 | 3
-sampling = True  # time the sampler, and plain AR decoding of the same model
-baseline = False  # in turns with ours, a plain Hugging Face step (whole-sequence, all weights) and LLaDA's plain loop
-estimate = False  # instead of all that: memory by part, and what it takes to fit, with nothing allocated
+stage = 2  # whose step: 0 | 1 | 2 | 3
+sampling = True  # time the sampler, and plain AR decoding with the same model
+baseline = False  # in turns with ours, a plain Hugging Face step, and LLaDA's sampling loop
+estimate = False  # instead: memory by purpose, and what makes it fit; allocates nothing
 sweep = ""  # settings to vary: batch_size,dtype or batch_size=1,2,4,dtype=float32,bfloat16
-profile = ""  # write a trace of one step here (chrome://tracing reads it) and list the ten dearest operators
-# how
+profile = ""  # file for a trace of one step, to open in chrome://tracing
+# amount
 steps = 10  # timed training steps, after burn_in
-burn_in = 2  # steps that are not timed
-prompts = ""  # a file, one a line, to sample after; "": 4 of 32 random tokens
-new_tokens = 64  # to sample after each prompt
-sample_steps = 64  # passes that set tokens, as --steps of sample.py
-threshold = 0.0  # as there
+burn_in = 2  # training steps before them that are not timed
+prompts = ""  # a file of prompts to continue, one a line; "": 4 prompts of 32 random tokens
+new_tokens = 64  # tokens to generate after each prompt
+sample_steps = 64  # passes that set tokens; steps in sample.py
+threshold = 0.0  # same as in sample.py
 repeats = 3  # timed samplings
-# log
-json = ""  # append the row to this file
+# output
+json = ""  # add the row to this file
 plot = ""  # draw the rows of such a file to bench.png, and do nothing else
 
-allowed = {"stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
-           "sample_steps": (1, 10**5), "threshold": (0, 1)}
+allowed = convert.allowed | {
+    "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
+    "sample_steps": (1, 10**5), "threshold": (0, 1)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is timed. Each runs in a process of its own, so that its memory is its own: a generator that builds, yields what
-# it found, and then does one more piece of work each time it is sent a request.
-def build(s, training=True):
-    """(place, autocast, model on it, tokenizer) of settings, as convert.py, or sample.py if not training, builds it."""
-    place = pick_device(s["device"])
-    amp, config_json = pick_autocast(place, s["dtype"], cache=not training), s["model_config"]
-    if s["random_weights"] and not config_json:
-        config_json = load_config(s["model_name"]).to_json_string(use_diff=False)
-    usable_gb(place, s["max_memory_gb"])
-    torch.manual_seed(s["seed"])
-    converted = not training and not config_json and (Path(s["model_name"]) / "diffusion.json").is_file()
-    model, tokenizer = load_model(s["model_name"], "bytes" if s["random_weights"] else s["tokenizer_name"], config_json,
-                                  place.type, **({} if converted else model_settings(s)))
-    convert.check_model(model, s)
-    return place, amp, model.to(place), tokenizer
+def all_settings():
+    """{setting: value} of convert.py and of this file."""
+    scope = vars(convert) | globals()
+    return {name: scope[name] for name in setting_names(scope)}
 
 
-def use(s):
-    """Have convert.py go by settings s, those of them that are its own."""
-    vars(convert).update({k: v for k, v in s.items() if k in names_of(vars(convert))})
+def use(settings):
+    """Give settings of convert.py and of this file new values."""
+    for scope in (vars(convert), globals()):
+        names = setting_names(scope)
+        scope.update({name: value for name, value in settings.items() if name in names})
 
 
-def synchronize(place):
+# --------------------------------------------------------------------------------------------------
+# What is timed. Each function builds a model and returns work(what), which does one piece of work
+# and tells how long it took. It runs in a process of its own, so that its memory is its own.
+def build(for_training=True):
+    """(device, autocast, model on it, tokenizer), as convert.py or sample.py build them."""
+    device = convert.pick_device(convert.device)
+    autocast = convert.pick_autocast(device, convert.dtype, cache=not for_training)
+    convert.limit_memory(device, convert.max_memory_gb)
+    name, tokenizer_name = convert.model_name, convert.tokenizer_name
+    config_json, ours = convert.model_config, convert.model_settings()
+    if random_weights:
+        config_json = config_json or convert.load_config(name).to_json_string(use_diff=False)
+        tokenizer_name = "bytes"
+    if not for_training and not config_json and (Path(name) / "diffusion.json").is_file():
+        ours = None  # a converted model knows its own
+    torch.manual_seed(convert.seed)
+    model, tokenizer = convert.load_model(name, device, ours, tokenizer_name, config_json)
+    check_length(model)
+    return device, autocast, model.to(device), tokenizer
+
+
+def check_length(model):
+    """UserError for windows that are longer than the model can take."""
+    if convert.max_seq_length > model.max_positions:
+        raise UserError(f"max_seq_length: {convert.max_seq_length}, but the model has "
+                        f"{model.max_positions} positions")
+
+
+def our_training():
+    """The training step of convert.py."""
+    device, autocast, model, _ = build()
+    model.train()
+    state = {"step": 0, "stage": stage, "micro_batch": convert.batch_size,
+             "checkpointing": convert.use_gradient_checkpointing,
+             "adam_8bit": convert.use_8bit_adam}
+    convert.set_up_model(model, state["checkpointing"])
+    chosen = convert.make_stages(1)[stage] | {"steps": 10**6, "warmup": 0, "n_on_policy": 0}
+    training = convert.set_up_training(model, chosen, state, None)
+    n = convert.batch_size * convert.gradient_accumulation_steps
+    data = np.random.default_rng(0).integers(0, model.mask_id, (1000, convert.max_seq_length))
+
+    def step():
+        with convert.record_function("data"):
+            x0 = convert.get_batch(data, n, convert.seed, stage, state["step"])
+        convert.train_step(model, training, autocast, chosen, x0, state)
+        state["step"] += 1
+        synchronize(device)
+
+    def work(what):
+        if what == "profile":
+            return profile_step(step, device)
+        if what == "rates":
+            [passes] = make_passes(model, chosen, n, 0, n)
+            return {"flops": step_flops(model, passes), "peak": matmul_tflops(device, autocast)}
+        start, parts = time.perf_counter(), {}
+        if what == "parts":
+            parts = time_parts(step, device)
+        else:
+            step()
+        return {"seconds": time.perf_counter() - start, "parts": parts, "device": name_of(device),
+                "peak_memory_gb": memory_gb(device)[0], "micro_batch": state["micro_batch"]}
+    return work
+
+
+def plain_training():
+    """What people would write: all logits, a dense mask, torch's AdamW, whole sequences."""
+    use({"use_lora": False, "block_size": 0})
+    device, autocast, model, _ = build()
+    lm, size, length = model.lm.train(), convert.batch_size, convert.max_seq_length
+    del model
+    attention_mask = torch.zeros(size, 1, length, length, device=device)  # added to the scores
+    data = torch.randint(lm.get_input_embeddings().weight.shape[0], (1000, length))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=convert.learning_rate)
+
+    def work(what):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        for _ in range(convert.gradient_accumulation_steps):
+            ids = data[torch.randint(len(data), (size,))].to(device)
+            t = torch.rand(size, 1, device=device)
+            masked = torch.rand(size, length, device=device) < t
+            xt = ids.masked_fill(masked, 0)
+            with autocast:
+                logits = lm(input_ids=xt, attention_mask=attention_mask, use_cache=False).logits
+                logits = logits.flatten(0, 1).float()
+                losses = nn.functional.cross_entropy(logits, ids.flatten(), reduction="none")
+                loss = (losses.view(size, length) * masked / t.clamp(min=1e-3)).mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        synchronize(device)
+        return {"seconds": time.perf_counter() - start, "peak_memory_gb": memory_gb(device)[0]}
+    return work
+
+
+def our_sampling():
+    """The sampler of convert.py, plain AR decoding, verified decoding, and LLaDA's plain loop."""
+    device, autocast, model, tokenizer = build(for_training=False)
+    model.eval()
+    texts = np.random.default_rng(0).integers(0, model.mask_id, (4, 32)).tolist()
+    if prompts:
+        sample.prompts = prompts
+        lines = filter(None, sample.read_prompts())
+        texts = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
+    longest = max(map(len, texts)) + new_tokens + 8 + model.block_size  # drafts reach past the end
+    if longest > model.max_positions:
+        raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has "
+                        f"{model.max_positions}")
+    block = min(model.block_size or new_tokens, new_tokens)
+    drafts = {"ar": 0, "verify": min(3, model.block_size - 1)}  # -1: none
+
+    def generate(kind, text):  # (new ids, forward passes)
+        if kind == "plain":
+            ids = torch.tensor([text + [model.mask_id] * new_tokens], device=device)
+            return plain_unmasking(model, ids, sample_steps)[0, len(text):].tolist(), 0
+        if kind in drafts:
+            return sample.decode_verified(model, text, new_tokens, drafts[kind], 4, {})[:2]
+        n, passes = new_tokens, sample_steps
+        if kind == "first block":
+            n, passes = block, max(1, round(sample_steps / math.ceil(new_tokens / block)))
+        [ids], forwards, _ = convert.generate(model, [text], n, passes, threshold=threshold)
+        return ids[len(text):][:n], forwards
+
+    def work(kind):
+        if drafts.get(kind, 1) < 0:
+            return None  # only a block model can verify
+        start = time.perf_counter()
+        with autocast:
+            out, forwards = zip(*(generate(kind, text) for text in texts), strict=True)
+        seconds, n = time.perf_counter() - start, sum(map(len, out))
+        return {"tokens_per_s": n / seconds, "forwards_per_token": sum(forwards) / n, "out": out,
+                "ms": 1000 * seconds / len(texts), "device": name_of(device)}
+    return work
+
+
+@torch.no_grad()
+def plain_unmasking(model, ids, passes):
+    """LLaDA's generate.py, retold: all logits in each pass, no cache; ids (1, T)."""
+    model.set_causal(not model.bidirectional)
+    for left in range(passes, 0, -1):
+        masked = ids == model.mask_id
+        logits = model(ids, model.t_for_mask_rate(masked.float().mean(1)))
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        tokens = logits.argmax(-1)
+        prob = logits.float().softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        count = math.ceil(masked.sum().item() / left)
+        transfer = torch.where(masked, prob, -math.inf).topk(count).indices
+        ids = ids.scatter(1, transfer, tokens.gather(1, transfer))
+        if not (ids == model.mask_id).any():
+            return ids
+
+
+def synchronize(device):
     """Wait for the device."""
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    elif place.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def gemm_peak(place, amp):
-    """The device's best rate in a matrix product in the step's own type, in TFLOPS, measured."""
-    best, one = 0.0, torch.ones(1, 1, device=place)
-    with amp:
-        dtype = (one @ one).dtype
-    for n in (1024, 2048, 4096) if place.type == "cpu" else (4096, 8192):
-        x = torch.randn(n, n, device=place, dtype=dtype)
-        for _ in range(5):
-            synchronize(place)
-            began = time.perf_counter()
-            x @ x
-            synchronize(place)
-            best = max(best, 2 * n**3 / (time.perf_counter() - began) / 1e12)
-    return best
+def name_of(device):
+    """What the device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
-@contextlib.contextmanager
-def split(place, spent):
-    """Within, the phases of convert.py add their seconds to spent, each without those inside it; the device is waited
-    for at each end."""
-    names, last = ["rest"], time.perf_counter()
+def time_parts(step, device):
+    """Seconds that step() spends in each part of convert's step, less those of parts inside it."""
+    seconds, names, last = Counter(), ["rest"], time.perf_counter()
+
+    def tick():
+        nonlocal last
+        synchronize(device)
+        now = time.perf_counter()
+        seconds[names[-1]] += now - last
+        last = now
 
     @contextlib.contextmanager
-    def phase(name):
+    def part(name):
         tick()
         names.append(name)
         try:
@@ -146,428 +272,473 @@ def split(place, spent):
             tick()
             names.pop()
 
-    def tick():
-        nonlocal last
-        synchronize(place)
-        now = time.perf_counter()
-        spent[names[-1]] += now - last
-        last = now
-    usual, convert.phase = convert.phase, phase
-    try:
-        yield
-        tick()
-    finally:
-        convert.phase = usual
+    usual, convert.record_function = convert.record_function, part
+    step()
+    convert.record_function = usual
+    tick()
+    return seconds
 
 
-def our_training(s):
-    """The training step of convert.py."""
-    place, amp, model, _ = build(s)
-    convert.set_up(model, s, place)
-    windows = np.random.default_rng(0).integers(0, model.mask_id, (1000, s["max_seq_length"]), np.int32)
-    per_step = s["batch_size"] * s["gradient_accumulation_steps"]
-    which = make_stages(len(windows), per_step, 0)[s["stage"]] | {"steps": 10**6, "warmup": 0, "own": 0}
-    params = freeze(model.train(), which["trains"])
-    optimizer = make_optimizer(params, s["learning_rate"], (s["beta1"], s["beta2"]), s["weight_decay"],
-                               s["use_8bit_adam"], place)
-    if s["optimizer_in_backward"]:
-        update_in_backward(model, params, optimizer, 0.0)
-    scaler = pick_scaler(place, s["dtype"])
-    state, row = {"micro_batch": s["batch_size"]}, {"device": name_of(place)}
-    for step in itertools.count():
-        how = yield row
-        if how == "gemm":
-            row = {"gemm_peak_tflops": gemm_peak(place, amp)}
-            continue
-        row, spent = {}, Counter()
-        tracing = torch.profiler.profile() if how == "profile" else contextlib.nullcontext()
-        synchronize(place)
-        began = time.perf_counter()
-        with split(place, spent) if how == "split" else contextlib.nullcontext(), tracing:
-            loss = train_step(model, optimizer, scaler, amp, which, [(windows, per_step)],
-                              (s["seed"], s["stage"], step), state)
-            loss.tolist()  # waits for the device
-        row["seconds"], row["parts"], row["micro_batch"] = time.perf_counter() - began, spent, state["micro_batch"]
-        row["peak_memory_gb"] = memory_gb(place)[0]
-        if how == "profile":
-            tracing.export_chrome_trace(s["profile"])
-            by_cost = f"self_{'cuda' if place.type == 'cuda' else 'cpu'}_time_total"
-            row["operators"] = tracing.key_averages().table(sort_by=by_cost, row_limit=10, max_name_column_width=60)
+def profile_step(step, device):
+    """Write a trace of a step to the file `profile`, and print its most expensive operators."""
+    with torch.profiler.profile() as profiler:
+        step()
+    profiler.export_chrome_trace(profile)
+    column = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    print(profiler.key_averages().table(column, row_limit=10, max_name_column_width=60), flush=True)
 
 
-def plain_training(s):
-    """What people would write: full logits, a dense mask, torch's AdamW, whole-sequence diffusion of random batches."""
-    place, amp, model, _ = build(s | {"use_lora": False, "block_size": 0})
-    lm, row = model.lm.train(), {}
-    del model
-    size, length, vocabulary = s["batch_size"], s["max_seq_length"], lm.get_input_embeddings().weight.shape[0]
-    mask = torch.zeros(size, 1, length, length, device=place)
-    data = torch.randint(vocabulary, (1000, length))
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=s["learning_rate"])
-    while True:
-        yield row
-        synchronize(place)
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        for _ in range(s["gradient_accumulation_steps"]):
-            ids = data[torch.randint(len(data), (size,))].to(place)
-            t = torch.rand(size, 1, device=place)
-            masked = torch.rand(size, length, device=place) < t
-            with amp:
-                logits = lm(input_ids=ids.masked_fill(masked, 0), attention_mask=mask, use_cache=False).logits
-                losses = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-                loss = (losses.view(size, length) * masked / t.clamp(min=1e-3)).mean()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-        row = {"seconds": time.perf_counter() - began, "peak_memory_gb": memory_gb(place)[0]}
+def matmul_tflops(device, autocast):
+    """The device's best rate in a matrix product in the step's dtype, measured, in TFLOPS."""
+    best, one = 0.0, torch.ones(1, 1, device=device)
+    with autocast:
+        dtype = (one @ one).dtype
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
+        x = torch.randn(n, n, device=device, dtype=dtype)
+        for _ in range(5):
+            synchronize(device)
+            start = time.perf_counter()
+            x @ x
+            synchronize(device)
+            best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e12)
+    return best
 
 
-@torch.no_grad()
-def plain_unmasking(model, ids, passes):
-    """The plain loop of LLaDA's generate.py, retold: all logits and all confidences in each pass, no cache; (1, T)."""
-    left = (ids == model.mask_id).sum().item()
-    model.set_causal(not model.bidirectional)
-    for i in range(passes):
-        logits = model(ids, model.time_of((ids == model.mask_id).float().mean(1)))
-        if model.logit_shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-        tokens = logits.argmax(-1)
-        sure = logits.float().softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        sure = torch.where(ids == model.mask_id, sure, -math.inf)
-        count = math.ceil(left / (passes - i))
-        chosen = sure.topk(count).indices
-        ids = ids.scatter(1, chosen, tokens.gather(1, chosen))
-        left -= count
-        if not left:
-            break
-    return ids
+def make_passes(model, chosen, n, step, micro_batch):
+    """[forward_passes() of a micro-batch] of n windows, with the noise of a step."""
+    shape = n, convert.max_seq_length
+    t, noise = convert.sample_noise(
+        *shape, convert.num_timesteps, convert.seed_for("noise", convert.seed, 2, step),
+        convert.block_size, convert.full_mask_share)
+    x0 = torch.zeros(shape, dtype=torch.long)
+    batch = convert.loss_weights(x0, t, noise, model, chosen["diffusion"], chosen["ar"])
+    parts = zip(*(x.split(micro_batch) for x in batch), strict=True)
+    return [convert.forward_passes(*part, model, chosen["distill"]) for part in parts]
 
 
-def sampling_of(s):
-    """The sampler of convert.py, plain AR decoding, verified decoding of a block model, and LLaDA's plain loop."""
-    place, amp, model, tokenizer = build(s, training=False)
-    model.eval()
-    rng, row = np.random.default_rng(0), {"device": name_of(place)}
-    texts = rng.integers(0, model.mask_id, (4, 32)).tolist()
-    if s["prompts"]:
-        try:
-            lines = filter(None, Path(s["prompts"]).read_text("utf-8").splitlines())
-            texts = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
-        except (OSError, ValueError) as error:
-            raise UserError(f"prompts: '{s['prompts']}' cannot be read: {first_line(error)}") from None
-        if not texts:
-            raise UserError(f"prompts: '{s['prompts']}' is empty")
-    n, drafts = s["new_tokens"], min(3, model.block_size - 1 - (not model.logit_shift))
-    longest = max(map(len, texts)) + n + 8 + model.block_size  # drafts and the last block reach past the end
-    if longest > model.positions:
-        raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has {model.positions}")
-    while True:
-        how = yield row
-        synchronize(place)
-        began, first, forwards, out = time.perf_counter(), [], 0, []
-
-        def watch(ids, confidence, began=began, first=first):
-            if not first and not (ids == model.mask_id).any():
-                first.append(time.perf_counter() - began)
-        for text in texts:
-            with amp:
-                if how in ("sample", "first"):  # whose watch waits for the device after each pass
-                    rows, passes, _ = write(model, [text], n, s["sample_steps"], threshold=s["threshold"],
-                                            watch=watch if how == "first" and not out else None)
-                    new = rows[0][len(text):][:n]
-                elif how == "plain":
-                    ids = torch.tensor([text + [model.mask_id] * n], device=place)
-                    new, passes = plain_unmasking(model, ids, s["sample_steps"])[0, len(text):].tolist(), 0
-                else:
-                    new, passes, *_ = decode_verified(model, text, n, drafts if how == "verify" else 0, 4, {})
-            out.append(new)
-            forwards += passes
-        seconds = time.perf_counter() - began
-        row = {"tokens_per_s": n * len(texts) / seconds, "forwards_per_token": forwards / (n * len(texts)), "out": out,
-               "first_block_s": first[0] if first else seconds / len(texts), "verifies": drafts > 0}
+def step_flops(model, passes):
+    """FLOPs of forward and backward in matrix products and attention, without recomputation (PaLM,
+    https://arxiv.org/abs/2204.02311, appendix B). None for a mixture of experts."""
+    config, head = model.lm.config.get_text_config(), model.lm.get_output_embeddings().weight
+    n_heads, per_token, total = config.num_attention_heads, 0, 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    attention = 12 * len(convert.decoder_layers(model.lm)) * n_heads * head_dim
+    for module in model.lm.get_decoder().modules():
+        for p in module.parameters(recurse=False):
+            if p.dim() > 2:
+                return None  # how many experts a token meets depends on the family
+            if p.dim() == 2 and not isinstance(module, nn.Embedding):
+                per_token += p.numel() * (6 if p.requires_grad else 4)  # frozen: no gradient of it
+    for inputs in passes:
+        B, L = inputs["ids"].shape  # in block mode L is both copies
+        total += B * L * (per_token + attention * L)
+        total += len(inputs["rows"]) * head.numel() * (6 if head.requires_grad else 4)
+        total += len(inputs.get("teacher_rows", ())) * head.numel() * 2  # forward only
+    return total
 
 
-def name_of(place):
-    """What the device is called."""
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = [line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")]
-    return f"{(model or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+# --------------------------------------------------------------------------------------------------
+# Processes, which take turns, and the rows of figures that they find
+def start_process():
+    """In a new process: Ctrl-C ends it at once, and so does the end of the process that asks."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes
-def serve(pipe, work, s):
-    """The other end of started(): runs a generator, a piece of work a request, and sends what it raises as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with the process that asks
-    use(s)
-    try:
-        generator = work(s)
-        answer = next(generator)
-        while True:
-            pipe.send(answer)
-            answer = generator.send(pipe.recv())
-    except (EOFError, ConnectionError):  # nobody asks any more
-        pass
-    except (UserError, MemoryError, *convert.FOREIGN) as error:
-        memory = isinstance(error, MemoryError) or out_of_memory(error)
-        what = "out of memory" if memory else f"{type(error).__name__}: {first_line(error)}"
-        pipe.send(error if isinstance(error, UserError) else Failure(what))
+# in a process: the work that it does
+built = []
 
 
-@contextlib.contextmanager
-def started(*works):
-    """Functions, one for each (generator, settings): each asks its own process for a piece of work, and what it found.
-
-    UserError or Failure as it is raised there; Failure if the machine killed it.
-    """
-    context, pipes, processes, first = multiprocessing.get_context("spawn"), [], [], []
-
-    def ask(pipe, how):
-        try:
-            if how is not None:
-                pipe.send(how)
-            answer = pipe.recv()
-        except (EOFError, ConnectionError):
-            raise Failure("its process was killed, as happens when it runs out of memory") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-    try:
-        for work, s in works:
-            here, there = context.Pipe()
-            processes.append(context.Process(target=serve, args=(there, work, s), daemon=True))
-            processes[-1].start()
-            there.close()
-            pipes.append(here)
-            first.append(ask(here, None))
-        yield [lambda how, pipe=pipe: ask(pipe, how) for pipe in pipes], first
-    finally:
-        for pipe, process in zip(pipes, processes, strict=True):
-            pipe.close()
-            process.join(60)  # so that its memory is free again
+def answer(prepare, settings, what):
+    """In a process: build at the first call, then do a piece of work."""
+    if not built:
+        use(settings)
+        built.append(prepare())
+    return built[0](what)
 
 
-def spread(values):
+def take_turns(prepares, turns):
+    """{(prepare, what): answers}: each prepare() in a process of its own, one turn after the other.
+    UserError as raised there; RunError if memory ran out."""
+    found, settings = defaultdict(list), all_settings()
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack, errors_as("this cannot be measured"):
+        pools = {prepare: stack.enter_context(ProcessPoolExecutor(1, spawn, start_process))
+                 for prepare in prepares}
+        for what, (prepare, pool) in itertools.product(turns, pools.items()):
+            try:
+                row = pool.submit(answer, prepare, settings, what).result()
+            except (RuntimeError, MemoryError) as error:
+                killed = isinstance(error, (BrokenExecutor, MemoryError))
+                if killed or convert.out_of_memory(error):
+                    raise RunError("out of memory, or a process was killed") from None
+                raise
+            found[prepare, what].append(row)
+    return found
+
+
+def spread(rows, key):
     """The median, and the distance between the quartiles as a share of it."""
+    values = [row[key] for row in rows]
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return statistics.median(values), (high - low) / middle
+    return middle, (high - low) / middle
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The measurements: rows of figures
-def flops_of(s, which):
-    """What a training step costs, in floating-point operations, none counted twice; None where it depends on the data.
-
-    Matrix products and attention, forward and backward, of the real step on fake tensors, without recomputation.
-    """
-    def forward(query, key, value, *args, **kwargs):
-        return sdpa_flop(query, key, value)
-
-    def backward(gradient, query, key, value, *args, **kwargs):
-        return 2 * sdpa_flop(query, key, value)
-
-    def once(function, *args, use_reentrant):
-        return function(*args)
-    usual, name = convert.recompute, "_scaled_dot_product_flash_attention_for_cpu"
-    mapping = {getattr(torch.ops.aten, name): forward, getattr(torch.ops.aten, name + "_backward"): backward}
+def measure_training():
+    """A row of what a step costs, with a baseline beside plain Hugging Face code."""
+    turns = ["step"] * burn_in + ["step", "parts"] * steps  # of both, or one had a quieter machine
+    turns += ["profile", "rates"] if profile else ["rates"]
+    works = [our_training, plain_training] if baseline else [our_training]
     try:
-        mode, model, micro_batches = on_paper(config_of(s), s | {"use_gradient_checkpointing": False}, which)
-        runs = micro_batches[len(micro_batches) // 2]  # half of them have more to read
-        convert.recompute = once  # of a head in chunks
-        with convert.refused("flops"), mode, FlopCounterMode(display=False, custom_mapping=mapping) as counted:
-            convert.backpropagate(model, runs, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext(), 0)
-    except UserError as error:
-        print(f"mfu: not known: {error}")
-        return None
-    finally:
-        convert.recompute = usual
-    return counted.get_total_flops() * s["gradient_accumulation_steps"]
-
-
-def config_of(s):
-    """The Hugging Face configuration that settings name."""
-    return load_config(s["model_name"], s["model_config"],
-                       byte_tokenizer() if s["tokenizer_name"] == "bytes" or s["random_weights"] else None)
-
-
-def measure_training(s):
-    """A row of what a step takes, beside the plain way with a baseline."""
-    try:
-        found = timed_training(s, [our_training] + [plain_training] * s["baseline"])
-    except Failure as error:
-        if not s["baseline"]:
+        found = take_turns(works, turns)
+        if baseline and found[our_training, "parts"][-1]["micro_batch"] < convert.batch_size:
+            raise RunError("out of memory")
+    except RunError as error:
+        if not baseline:
             raise
         print(f"baseline: not side by side but one after the other: {error}")
-        found = timed_training(s, [our_training])
+        found = take_turns(works[:1], turns)
         try:
-            found |= {"plain": timed_training(s, [plain_training])["plain"]}
-        except Failure as error:
+            found |= take_turns(works[1:], turns)
+        except RunError as error:
             print(f"baseline: {error}")
-    rows, plains, peak = found["ours"], found["plain"], found["peak"]
-    tokens = s["batch_size"] * s["gradient_accumulation_steps"] * s["max_seq_length"]
-    step, noise = spread([r["seconds"] for r in rows])
-    flops = flops_of(s, make_stages(1, 1, 0)[s["stage"]])
-    row = {"device": found["device"], "tokens_per_s": tokens / step, "step_ms": 1000 * step, "spread": noise,
-           "step_parts_ms": {k: 1000 * statistics.median(p[k] for p in found["parts"])
-                             for k in ("data", "forward", "head", "backward", "optimizer", "rest")},
-           "gemm_peak_tflops": peak, "mfu": flops and flops / step / 1e12 / peak,
+    rows, plain = (found[work, "step"][burn_in:] for work in (our_training, plain_training))
+    [rates] = found[our_training, "rates"]
+    tokens = convert.batch_size * convert.gradient_accumulation_steps * convert.max_seq_length
+    seconds, noise = spread(rows, "seconds")
+    parts = [row["parts"] for row in found[our_training, "parts"]]
+    parts_ms = {name: 1000 * statistics.median(p.get(name, 0) for p in parts)
+                for name in ("data", "forward", "head", "backward", "optimizer", "rest")}
+    row = {"device": rows[-1]["device"], "tokens_per_s": tokens / seconds,
+           "step_ms": 1000 * seconds, "spread": noise, "step_parts_ms": parts_ms,
+           "gemm_peak_tflops": rates["peak"],
+           "mfu": rates["flops"] and rates["flops"] / seconds / 1e12 / rates["peak"],
            "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"]}
-    if plains:
-        theirs, noise = spread([r["seconds"] for r in plains])
-        row |= {"baseline_tokens_per_s": tokens / theirs, "baseline_step_ms": 1000 * theirs, "baseline_spread": noise,
-                "baseline_peak_memory_gb": plains[-1]["peak_memory_gb"], "speedup": theirs / step,
-                "memory_ratio": row["peak_memory_gb"] / plains[-1]["peak_memory_gb"]}
+    if plain:
+        theirs, noise = spread(plain, "seconds")
+        memory = plain[-1]["peak_memory_gb"]
+        row |= {"baseline_tokens_per_s": tokens / theirs, "baseline_step_ms": 1000 * theirs,
+                "baseline_spread": noise, "baseline_peak_memory_gb": memory,
+                "speedup": theirs / seconds, "memory_ratio": row["peak_memory_gb"] / memory}
     return row
 
 
-def timed_training(s, works):
-    """{ours, plain: rows of steps in turns; parts, peak, device of ours}."""
-    ours, found = works[0] is our_training, {"ours": [], "plain": [], "parts": []}
-    with started(*((work, s) for work in works)) as (asks, first):
-        for _ in range(s["burn_in"]):
-            for ask in asks:
-                ask("step")
-        for _ in range(s["steps"]):
-            for how in ("step", "split"):  # of both, so that neither has the machine to itself
-                for ask, work in zip(asks, works, strict=True):
-                    row = ask(how)
-                    if work is our_training and how == "split":
-                        found["parts"].append(row["parts"])
-                    elif how == "step":
-                        found["ours" if work is our_training else "plain"].append(row)
-        if len(works) > 1 and found["ours"][-1]["micro_batch"] < s["batch_size"]:
-            raise Failure("out of memory")
-        if ours and s["profile"]:
-            print(asks[0]("profile")["operators"])
-        return found | {"peak": ours and asks[0]("gemm")["gemm_peak_tflops"], "device": first[0].get("device")}
-
-
-def measure_sampling(s):
-    """A row of what writing takes, beside plain AR decoding, and with a baseline LLaDA's plain loop."""
-    with started((sampling_of, s)) as ([ask], first):
-        hows = ["sample", "ar"] + ["plain"] * s["baseline"]
-        hows += ["verify"] * ask("ar")["verifies"]
-        latency, rows = ask("first")["first_block_s"], {how: [] for how in hows}
-        for how in hows[1:]:
-            ask(how)
-        for _ in range(s["repeats"]):
-            for how in hows:
-                rows[how].append(ask(how))
-    ours = rows["sample"][-1]
-    speed = {how: spread([r["tokens_per_s"] for r in found])[0] for how, found in rows.items()}
-    row = {"device": first[0]["device"], "sample_tokens_per_s": speed["sample"],
-           "sample_spread": spread([r["tokens_per_s"] for r in rows["sample"]])[1],
+def measure_sampling():
+    """A row of what sampling costs, beside plain AR decoding, and with a baseline LLaDA's loop."""
+    kinds = ["first block", "sample", "ar", "verify"]
+    if baseline:
+        kinds.append("plain")
+    found = take_turns([our_sampling], kinds + kinds * repeats)
+    found = {kind: found[our_sampling, kind][1:] for kind in kinds}  # the first of each is slower
+    ours, speed = found["sample"][-1], {}
+    for kind, rows in found.items():
+        if rows[0]:  # None: cannot verify
+            speed[kind], noise = spread(rows, "tokens_per_s")
+    row = {"device": ours["device"], "sample_tokens_per_s": speed["sample"],
+           "sample_spread": spread(found["sample"], "tokens_per_s")[1],
            "forwards_per_token": ours["forwards_per_token"],
-           "first_block_ms": 1000 * latency,
-           "ar_tokens_per_s": speed["ar"]}
+           "first_block_ms": spread(found["first block"], "ms")[0], "ar_tokens_per_s": speed["ar"]}
     if "verify" in speed:
-        row |= {"verify_tokens_per_s": speed["verify"],
-                "verify_forwards_per_token": rows["verify"][-1]["forwards_per_token"]}
-    if s["baseline"]:
-        row |= {"baseline_sample_tokens_per_s": speed["plain"], "sample_speedup": speed["sample"] / speed["plain"],
-                "same_text": sum(a == b for a, b in zip(ours["out"], rows["plain"][-1]["out"], strict=True))}
+        forwards = found["verify"][-1]["forwards_per_token"]
+        row |= {"verify_tokens_per_s": speed["verify"], "verify_forwards_per_token": forwards}
+    if baseline:
+        same = sum(a == b for a, b in zip(ours["out"], found["plain"][-1]["out"], strict=True))
+        row |= {"baseline_sample_tokens_per_s": speed["plain"],
+                "sample_speedup": speed["sample"] / speed["plain"], "same_text": same}
     return row
 
 
-def measure_memory(s):
-    """A row of estimate() and ladder(); with a max_memory_gb also for a device that is not there."""
-    limit = s["max_memory_gb"] or usable_gb(pick_device(s["device"]), 0)
-    parts, climbed, fits, largest = print_memory(config_of(s), s, limit)
-    return {"estimate_gb": parts, "fits": fits, "ladder": [{"means": m, "gb": gb} for m, gb in climbed],
-            "largest_batch": largest, "limit_gb": limit}
+# --------------------------------------------------------------------------------------------------
+# Memory of a step, counted on fake tensors, which have a shape but no content
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of all tensors made within, by purpose, for as long as they live."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.purpose, self.live, self.peak = "activations", Counter(), Counter()
+        weights = *model.parameters(), *model.buffers()
+        self.known = {x.untyped_storage()._cdata: None for x in weights}
+        self.weights = sum(x.numel() * x.element_size() for x in weights)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self.is_gradient)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known[storage._cdata] = [self.purpose, storage.nbytes()]
+                self.live[self.purpose] += storage.nbytes()
+                weakref.finalize(storage, self.remove, storage._cdata)
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+        return out
+
+    def remove(self, key):
+        purpose, n = self.known.pop(key)
+        self.live[purpose] -= n
+
+    def is_gradient(self, p):
+        entry = self.known[p.grad.untyped_storage()._cdata]
+        self.live[entry[0]] -= entry[1]
+        self.live["gradients"] += entry[1]
+        entry[0] = "gradients"
+
+    @contextlib.contextmanager
+    def part(self, name):
+        before, self.purpose = self.purpose, "head" if name == "head" else "activations"
+        try:
+            yield
+        finally:
+            self.purpose = before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def tracked_step(model, passes):
+    """Bytes by purpose at the peak of forward and backward."""
+    tracker, usual = MemoryTracker(model), convert.record_function
+    half = convert.dtype == "bfloat16" or convert.dtype == "float16" and device_type() != "cpu"
+    convert.record_function = tracker.part
+    try:
+        with tracker:
+            for inputs in passes:
+                with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                    loss = model.loss(**inputs)
+                loss.backward()
+    finally:
+        convert.record_function = usual
+    return {"weights": tracker.weights, "gradients": 0, "activations": 0, "head": 0} | tracker.peak
+
+
+def device_type():
+    """The kind of device asked for; "cuda" even where there is none, to see what it would take."""
+    auto = convert.device == "auto"
+    return convert.pick_device("auto").type if auto else convert.device.partition(":")[0]
+
+
+def fake_model(config):
+    """(FakeTensorMode, a model in it, as the settings say)."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    dtype = convert.base_dtype(convert.use_lora, device_type())
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = convert.DiffusionLM(lm, **convert.model_settings()).train()
+    check_length(model)
+    with mode:
+        model.to_empty(device="cpu")
+        lm.tie_weights()
+    model.head_floats = 2**28 if device_type() == "cpu" else 2**26  # as in set_up_model()
+    if convert.use_gradient_checkpointing:
+        convert.checkpoint_layers(model)
+    for m in model.modules() if device_type() == "cuda" else ():  # fused kernels keep no dropout
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+        elif isinstance(vars(m).get("attention_dropout"), float):
+            m.attention_dropout = 0.0
+    return mode, model
+
+
+# found before: a sweep comes by the same settings again, and a large model takes seconds
+estimates = {}
+
+
+def estimate_memory(config, changes, process_gb):
+    """{purpose: GB} at the peak of a step with changed settings, and the total; on a CPU with what
+    the process takes anyway. UserError for an architecture whose step depends on its data."""
+    before = all_settings()
+    use(changes)
+    try:
+        key = repr((config, process_gb, convert.current_settings() | {"max_memory_gb": 0}))
+        if key not in estimates:
+            with errors_as(f"model_name: architecture '{config.model_type}' cannot be estimated"):
+                estimates[key] = estimate_step(config, process_gb)
+        return estimates[key]
+    finally:
+        use(before)
+
+
+def estimate_step(config, process_gb):
+    """estimate_memory() with the settings as they are, for the losses of all stages together."""
+    stages = convert.make_stages(1)
+    chosen = {loss: max(s[loss] for s in stages) for loss in ("diffusion", "ar", "distill")}
+    mode, model = fake_model(config)
+    params = convert.freeze(model, "everything")
+    n, passes = convert.batch_size * convert.gradient_accumulation_steps, []
+    for step in range(20):  # the micro-batch with most to predict
+        passes += make_passes(model, chosen, n, step, convert.batch_size)
+    passes = max(passes, key=lambda inputs: sum(len(x["rows"]) for x in inputs))
+    repeated = convert.gradient_accumulation_steps > 1  # then gradients are there from the start
+    with mode:
+        parts = tracked_step(model, passes * 2 if repeated else passes)
+    parts["optimizer"] = 0
+    for p in params:  # bitsandbytes: small ones in 32 bits, two scales for each 256 numbers
+        eight = convert.use_8bit_adam and p.numel() >= 4096
+        parts["optimizer"] += 2 * p.numel() + p.numel() // 32 if eight else 8 * p.numel()
+    parts = {purpose: n / 1e9 for purpose, n in parts.items()}
+    parts["process"] = process_gb if device_type() == "cpu" else 0.0
+    return parts | {"total": sum(parts.values())}
+
+
+def memory_savers(config, limit_gb, process_gb):
+    """([(settings, GB)], whether the last fits, the largest batch_size then): from no memory saver
+    on, the cheapest first, without those that do not help."""
+    def gb(changes):
+        return estimate_memory(config, off | changes, process_gb)["total"]
+
+    off = {"use_8bit_adam": False, "use_gradient_checkpointing": False}
+    savers = [{"use_8bit_adam": True}, {"use_gradient_checkpointing": True}]
+    size, accumulation = convert.batch_size, convert.gradient_accumulation_steps
+    while size % 2 == 0:
+        size, accumulation = size // 2, accumulation * 2
+        savers.append({"batch_size": size, "gradient_accumulation_steps": accumulation})
+    if convert.diffusion_loss_weight and convert.use_bidirectional_attention:
+        savers.append({"use_lora": True})  # last, as it changes what is trained
+    on, total = {}, gb({})
+    found = [(on, total)]
+    for saver in savers:
+        if total > limit_gb and (less := gb(on | saver)) < 0.99 * total:
+            on, total = on | saver, less
+            found.append((on, total))
+    largest, below, above = 0, 0.0, gb(on | {"batch_size": 1})
+    while above <= limit_gb and largest < 512:  # doubled until it does not fit, then a line between
+        largest, below = max(1, 2 * largest), above
+        above = gb(on | {"batch_size": 2 * largest})
+    if above > limit_gb and largest:
+        largest += math.floor(largest * (limit_gb - below) / (above - below))
+    return found, total <= limit_gb, largest
+
+
+def measure_memory(limit_gb, loaded_gb=0.0):
+    """A row of estimate and memory savers, printed. loaded_gb: weights already in the process."""
+    tokenizer = None
+    if convert.tokenizer_name == "bytes" or random_weights:
+        tokenizer = convert.byte_tokenizer()
+    config = convert.load_config(convert.model_name, convert.model_config, tokenizer)
+    process_gb = max(0.0, memory_gb(torch.device("cpu"))[0] - loaded_gb)
+    parts = estimate_memory(config, {}, process_gb)
+    found, fits, largest = memory_savers(config, limit_gb, process_gb)
+    shown = ", ".join(f"{purpose} {gb:.2f}" for purpose, gb in parts.items() if gb)
+    print(f"memory, estimated as set: {shown} GB")
+    for on, gb in found:
+        flags = " ".join(f"--{name}={value}" for name, value in on.items())
+        print(f"{gb:8.2f} GB  {flags or 'without memory savers'}")
+    print(f"{'fits' if fits else 'does not fit'} {limit_gb:.1f} GB (max_memory_gb); largest "
+          f"batch_size then: {largest}")
+    return {"estimate_gb": parts, "fits": fits, "largest_batch": largest, "limit_gb": limit_gb,
+            "ladder": [{"means": on, "gb": gb} for on, gb in found]}
+
+
+def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
+    """For convert.py --dry_run: memory on paper, then three steps of each stage, timed."""
+    device, cpu = model.device, torch.device("cpu")
+    loaded = sum(p.numel() * p.element_size() for p in model.parameters() if p.device == cpu)
+    try:
+        measure_memory(limit_gb, loaded / 1e9)
+    except UserError as error:
+        print(f"memory: not estimated: {error}")
+    if any(s["n_on_policy"] for s in stages):
+        print("on_policy_tokens: the time to write them is not in this; the steps run on the data")
+    n = convert.batch_size * convert.gradient_accumulation_steps
+    for state["stage"], s in enumerate(stages):
+        if not s["steps"]:
+            continue
+        training, seconds = convert.set_up_training(model, s, state, None), []
+        for state["step"] in range(min(3, s["steps"])):
+            start = time.perf_counter()
+            x0 = convert.get_batch(train_data, n, convert.seed, state["stage"], state["step"])
+            text = x0[:s["n_on_policy"], x0.shape[1] // 4:]
+            text.copy_(torch.maximum(text, ~text))  # what the model writes is scored
+            convert.train_step(model, training, autocast, s, x0, state)
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds)
+        print(f"stage {s['name']}: {median:.2f} s a step, {median * s['steps'] / 3600:.2f} hours")
+    print(f"memory: {memory_gb(device)[0]:.1f} GB at its peak on {device}, of {limit_gb:.1f}; on "
+          f"the host {memory_gb(cpu)[0]:.1f} GB; disk: {disk_gb:.1f} GB")
+
+
+# --------------------------------------------------------------------------------------------------
 # The script
-def print_row(row, s):
-    """A row of figures, for people."""
-    if "step_ms" in row:
-        print(f"training: {row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms a step (quartiles "
-              f"{row['spread']:.0%} apart), peak memory {row['peak_memory_gb']:.2f} GB"
-              + f", {row['micro_batch']} windows at a time" * (row["micro_batch"] < s["batch_size"]))
-        print("  of a step, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in row["step_parts_ms"].items()))
-        mfu = "?" if row["mfu"] is None else f"{row['mfu']:.0%}"
-        print(f"  {mfu} of the {row['gemm_peak_tflops']:.3f} TFLOPS of a matrix product on {row['device']}")
-        if "speedup" in row:
-            print(f"  plain Hugging Face: {row['baseline_tokens_per_s']:,.0f} tokens/s, "
-                  f"{row['baseline_peak_memory_gb']:.2f} GB: {row['speedup']:.2f} times its speed, "
-                  f"{row['memory_ratio']:.2f} of its memory")
-    if "sample_tokens_per_s" in row:
-        print(f"sampling: {row['sample_tokens_per_s']:,.1f} tokens/s, {row['forwards_per_token']:.2f} forwards a token,"
-              f" first block after {row['first_block_ms']:.0f} ms; plain AR: {row['ar_tokens_per_s']:,.1f} tokens/s")
-        if "verify_tokens_per_s" in row:
-            print(f"  verified: {row['verify_tokens_per_s']:,.1f} tokens/s, {row['verify_forwards_per_token']:.2f} "
-                  "forwards a token")
-        if "sample_speedup" in row:
-            print(f"  LLaDA's plain loop: {row['baseline_sample_tokens_per_s']:,.1f} tokens/s: "
-                  f"{row['sample_speedup']:.2f} times its speed, {row['same_text']} texts the same")
+def measure():
+    """A row of all that is asked for."""
+    if estimate:
+        limit = convert.max_memory_gb
+        return measure_memory(limit or convert.limit_memory(convert.pick_device(convert.device), 0))
+    row = measure_training() if train else {}
+    return row | measure_sampling() if sampling else row
 
 
-def cells(text, settings):
-    """[{setting: value}] of a sweep: all combinations. A setting without values takes half, once and twice its own."""
-    values, name = {}, ""
-    for item in filter(None, text.replace(" ", "").split(",")):
-        key, given, value = item.partition("=")
-        if given or key in settings or not name:
-            name = key
-            checked(name, settings.get(name), settings, None, "sweep")  # that there is one
-            if name in ("sweep", "json", "plot", "profile", "estimate", "random_weights"):
-                raise UserError(f"sweep: {name} is no setting of a cell")
-            values[name] = []
-        if given or key != name or key not in settings:
-            values[name].append(from_flag(name, value if given else item, settings))
+def parse_sweep(settings):
+    """[{setting: value}], all combinations. A number without values: half, once, twice its own."""
+    values = {}
+    for item in filter(None, sweep.replace(" ", "").split(",")):
+        head, given, value = item.partition("=")
+        if given or head in settings or not values:
+            name, values[head] = head, [value] if given else []
+        else:
+            values[name].append(item)
     for name, found in values.items():
-        now = settings[name]
+        now = check_value(name, settings.get(name), settings, None, "sweep")  # that there is one
+        if name in ("sweep", "json", "plot", "profile", "estimate", "random_weights"):
+            raise UserError(f"sweep: {name} cannot vary")
+        found = [from_flag(name, text, settings) for text in found]
         if not found and isinstance(now, bool):
-            found += [False, True]
+            found = [False, True]
         elif not found and isinstance(now, (int, float)) and now:
-            found += [type(now)(now * x) for x in (0.5, 1, 2) if type(now)(now * x)]
+            found = [x for x in (type(now)(now / 2), now, 2 * now) if x]
         elif not found:
             raise UserError(f"sweep: {name} needs values, as {name}=...,...")
-        rule = (convert.allowed | allowed).get(name)
-        values[name] = [checked(name, value, settings, rule, "sweep") for value in found]
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+        values[name] = [check_value(name, x, settings, allowed.get(name), "sweep") for x in found]
+    return [dict(zip(values, cell, strict=True)) for cell in itertools.product(*values.values())]
 
 
-def measure(s):
-    """One row of all that is asked for."""
-    if s["estimate"]:
-        return measure_memory(s)
-    row = {}
-    if s["train"]:
-        row |= measure_training(s)
-    if s["sampling"]:
-        row |= measure_sampling(s)
-    return row
+def print_row(row):
+    """Print the figures of a row, one a line."""
+    for name, value in row.items():
+        if name == "step_parts_ms":
+            value = ", ".join(f"{part} {ms:.1f}" for part, ms in value.items())
+        elif isinstance(value, float):
+            value = f"{value:,.0f}" if value > 100 else f"{value:.3g}"
+        if not isinstance(value, (dict, list)):
+            print(f"  {name:30}{value}")
 
 
-def memory_of(row):
-    """The peak that a row has measured, else what it has estimated, in GB; 0 if neither."""
-    return row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
+def figures(row):
+    """Training tokens/s, the peak of memory, or its estimate, in GB, sampled tokens/s; 0: none."""
+    memory = row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
+    return row.get("tokens_per_s", 0), memory, row.get("sample_tokens_per_s", 0)
+
+
+def print_table(rows, names):
+    """Print what a sweep found, a line a row."""
+    width = max(map(len, names))
+    print(f"\n{'':{width}}  {'tokens/s':>10}  {'GB':>10}  {'sampling':>10}")
+    for name, row in zip(names, rows, strict=True):
+        cells = "".join(f"{f'{x:,.4g}' if x else '':>12}" for x in figures(row))
+        print(f"{name:{width}}{cells}  {row.get('error', '')}")
 
 
 def draw(rows, names):
-    """bench.png: tokens/s and peak memory (or the estimate) of rows, a bar each."""
+    """bench.png: a bar for the speed and one for the memory of each row."""
     try:
         import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
     except ImportError:
-        print("bench.png: not drawn, as matplotlib is not installed", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained")
-    for axis, what in zip(axes, ("tokens_per_s", "peak_memory_gb"), strict=True):
-        found = [r.get(what, 0) if what == "tokens_per_s" else memory_of(r) for r in rows]
-        bars = axis.barh(range(len(rows)), found, color=["#4477aa", "#ccbb44"][what != "tokens_per_s"])
-        axis.bar_label(bars, [f"{v:,.4g}" if v else r.get("error", "") for v, r in zip(found, rows, strict=True)],
-                       padding=3)
-        axis.set_title({"tokens_per_s": "training, tokens/s", "peak_memory_gb": "peak memory, GB"}[what])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.2)
+        return print("bench.png: not drawn, as matplotlib is not installed", file=sys.stderr)
+    size = 11, 1.5 + 0.3 * len(rows)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for i, title in enumerate(("training, tokens/s", "peak memory, GB")):
+        values = [figures(row)[i] for row in rows]
+        labels = [f"{x:,.4g}" if x else row.get("error", "")
+                  for x, row in zip(values, rows, strict=True)]
+        bars = axes[i].barh(range(len(rows)), values, color=["#4477aa", "#ccbb44"][i])
+        axes[i].bar_label(bars, labels, padding=3)
+        axes[i].set_title(title)
+        axes[i].spines[["top", "right"]].set_visible(False)
+        axes[i].margins(x=0.2)
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].invert_yaxis()
     try:
@@ -577,64 +748,57 @@ def draw(rows, names):
         print(f"bench.png: not drawn: {first_line(error)}", file=sys.stderr)
 
 
-def main(argv):
-    settings = {k: scope[k] for scope in (vars(convert), globals()) for k in names_of(scope)}
-    files = configure(settings, argv, convert.allowed | allowed)
-    if settings["plot"]:
-        try:
-            rows = [loads(line) for line in Path(settings["plot"]).read_text().splitlines()]
-            draw(rows, [r["name"] for r in rows])
-        except convert.FOREIGN as error:
-            raise UserError(f"plot: '{settings['plot']}' is no log of bench.py: {first_line(error)}") from None
-        return
-    if not (settings["train"] or settings["sampling"] or settings["estimate"]):
+def check_settings():
+    """UserError, before the work, for what cannot be done."""
+    if not (train or sampling or estimate):
         raise UserError("train, sampling: one of them, or --estimate")
-    for what in "json", "profile":  # known before the work
-        try:
-            if settings[what]:
-                if Path(settings[what]).exists() and not Path(settings[what]).is_file():
-                    raise OSError("not a file")
-                open(settings[what], "a").close()
-        except OSError as error:
-            raise UserError(f"{what}: '{settings[what]}' cannot be written: {first_line(error)}") from None
-    name = " + ".join(Path(f).stem for f in files) or settings["model_name"]
-    found = []
-    for cell in cells(settings["sweep"], settings):
-        s = settings | cell
-        use(s)
+    for name, path in {"json": json, "profile": profile}.items():
+        if path and Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{name}: '{path}' is not a file")
+        with errors_as(f"{name}: '{path}' cannot be written"):
+            if path:
+                open(path, "a").close()
+
+
+def main(argv):
+    settings = all_settings()
+    config_files = configure(settings, argv, allowed)
+    use(settings)
+    if plot:
+        with errors_as(f"plot: '{plot}' is no log of bench.py"):
+            rows = [loads(line) for line in Path(plot).read_text().splitlines()]
+            return draw(rows, [row["name"] for row in rows])
+    check_settings()
+    name = " + ".join(Path(file).stem for file in config_files) or convert.model_name
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                "python": platform.python_version()}
+    rows, titles = [], []
+    for cell in parse_sweep(settings):
+        use(settings | cell)
         title = ", ".join(f"{k}={v}" for k, v in cell.items())
-        if title:
-            print(f"-- {title}", flush=True)
+        print(f"-- {title or name}", flush=True)
         try:
             convert.check_settings()
-            row = measure(s)
+            row = measure()
         except UserError as error:
             if not cell:
                 raise
             row = {"error": first_line(error)}
-            print(row["error"])
-        print_row(row, s)
-        row = {"name": f"{name}{': ' * bool(title)}{title}", "command": shlex.join(["python", *sys.argv]), **row,
-               "dtype": s["dtype"],
-               "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                            "python": platform.python_version()}, "settings": s}
-        found.append(row)
-        if s["json"]:
-            with open(s["json"], "a") as file:
+        print_row(row)
+        row = {"name": f"{name}: {title}" if title else name,
+               "command": shlex.join(["python", *sys.argv]), **row, "dtype": convert.dtype,
+               "versions": versions, "settings": settings | cell}
+        rows.append(row)
+        titles.append(title)
+        if json:
+            with open(json, "a") as file:
                 file.write(dumps(row) + "\n")
-    if settings["sweep"]:
-        names = [r["name"].partition(": ")[2] for r in found]
-        width = max(map(len, names))
-        print(f"\n{'':{width}}  {'tokens/s':>10}  {'GB':>8}  {'sampling':>10}")
-        for name, r in zip(names, found, strict=True):
-            figures = r.get("tokens_per_s"), memory_of(r), r.get("sample_tokens_per_s")
-            shown = [f"{x:,.4g}" if x else "" for x in figures]
-            print(f"{name:{width}}  {shown[0]:>10}  {shown[1]:>8}  {shown[2]:>10}  {r.get('error', '')}")
-        print(dumps(found), flush=True)
-        draw(found, names)
-    else:
-        print(dumps(found[0]))
+    if not sweep:
+        return print(dumps(rows[0]))
+    print_table(rows, titles)
+    print(dumps(rows), flush=True)
+    draw(rows, titles)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, vars(convert) | globals())

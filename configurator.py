@@ -1,11 +1,12 @@
-"""Settings from files and flags, in order: python convert.py config/phi2.py config/a4500.py --batch_size=4 --resume
+"""Settings from files and flags: python convert.py config/phi2.py config/a4500.py --batch_size=4
 
-A script keeps its settings as flat lower-case globals and calls configure(globals(), argv, allowed) from its main().
-A file is Python that assigns settings and may compute from those before it; a flag is --name=value, a bare --name True.
+A script keeps its settings as flat lower-case globals and calls configure() with its globals().
+A file is Python that assigns settings and may compute from earlier ones; a flag is --name=value.
 """
 import ast
 import difflib
 import math
+import re
 import types
 from pathlib import Path
 
@@ -15,68 +16,98 @@ class UserError(Exception):
     code = 2
 
 
-def names_of(settings):
+def setting_names(settings):
     """The settings among a module's globals: public, lower case, a bool, int, float or str."""
-    return [k for k, v in settings.items() if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))]
+    return [k for k, v in settings.items()
+            if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))]
 
 
-def nearest(word, words):
-    """What to add to a message when a word is close to one of words."""
-    return "".join(f"; the nearest is '{w}'" for w in difflib.get_close_matches(word, words, 1, 0.5))
+def did_you_mean(word, words):
+    """What to add to a message: the nearest of some words, if one is near."""
+    return "".join(f"; did you mean '{w}'?" for w in difflib.get_close_matches(word, words, 1, 0.7))
 
 
-def checked(name, value, settings, rule, where):
-    """value as the type of the setting's default; UserError if the name, the type, the choice or the range is wrong."""
-    if name not in names_of(settings):
-        raise UserError(f"{where}: there is no setting '{name}'{nearest(name, names_of(settings))}")
+def no_such_setting(name, settings):
+    """What to say of an unknown setting: what does it here, if others have it, else the nearest."""
+    table = Path(__file__).with_name("assets") / "other_trainers.md"  # | `their words` | ours |
+    for row in table.read_text().splitlines() if table.exists() else ():
+        cells = row.split("|")
+        if len(cells) == 4 and f"`{name}`" in cells[1]:
+            return f"there is no setting '{name}'; here: {cells[2].strip()}"
+    return f"there is no setting '{name}'{did_you_mean(name, setting_names(settings))}"
+
+
+def check_value(name, value, settings, rule, where):
+    """value in the type of the setting's default; UserError for a wrong name, type or value."""
+    if name not in setting_names(settings):
+        raise UserError(f"{where}: {no_such_setting(name, settings)}")
     kind = type(settings[name])
-    if kind is float and type(value) is int or kind is int and type(value) is float and value.is_integer():  # 1e3
+    whole = type(value) is float and value.is_integer()  # 1e3
+    if kind is float and type(value) is int or kind is int and whole:
         value = kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-        raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise UserError(f"{where}: {name} must be {wanted[kind]}, not {value!r}")
     if isinstance(rule, set) and value not in rule:
-        raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule))}, not '{value}'{nearest(value, rule)}")
-    low, high = rule if isinstance(rule, tuple) else (0, 2**53 if kind is int else 1e30)  # what all of torch can hold
+        raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule))}, not '{value}'"
+                        + did_you_mean(value, rule))
+    low, high = rule if isinstance(rule, tuple) else (0, 2**53 if kind is int else 1e30)
     if kind in (int, float) and not low <= value <= high:
         raise UserError(f"{where}: {name} must be from {low} to {high}, not {value}")
     return value
 
 
 def from_flag(name, text, settings):
-    """The value of --name=text: a Python literal, but where the setting is a text."""
+    """The value of --name=text: a Python literal, unless the setting is a text."""
     if isinstance(settings.get(name), str):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
-        return text  # of the wrong type, which checked() tells by the setting's name
+        return text  # of the wrong type, as check_value() then says
 
 
 def from_file(path, settings):
-    """What a config file assigns. Modules, functions and names that start with _ are its own affair."""
-    before = {k: settings[k] for k in names_of(settings)} | {"__file__": path}
+    """What a config file assigns, but for modules, functions and names that start with _."""
+    before = {k: settings[k] for k in setting_names(settings)} | {"__file__": path}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
     except Exception as error:  # it is the user's code, and may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
-    return {k: v for k, v in scope.items() if k[0] != "_" and not isinstance(v, own) and v is not before.get(k, own)}
+    return {k: v for k, v in scope.items()
+            if k[0] != "_" and not isinstance(v, own) and v is not before.get(k, own)}
 
 
 def configure(settings, argv, allowed):
-    """Override settings (a module's globals()) by files and flags, left to right; returns the files.
-    allowed: {name: a set of values, or (lowest, highest)}; a number without an entry must not be negative."""
+    """Override settings (a module's globals()) by files and flags, left to right; the files.
+
+    allowed: {name: a set of values or (lowest, highest)}; other numbers must not be negative.
+    """
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:
         name, given, text = arg[2:].partition("=")
         if any("\ud800" <= c <= "\udfff" for c in arg):
             raise UserError(f"{arg!a}: not text in UTF-8")
-        if arg not in files and not arg.startswith("--"):
+        if arg in files:
+            new = from_file(arg, settings)
+        elif not arg.startswith("--"):
             raise UserError(f"'{arg}' is neither a flag (--name=value) nor a config file (*.py)"
-                            + nearest(arg, map(str, Path("config").glob("*.py"))))
-        if not given and arg not in files and not isinstance(settings.get(name, True), bool):
+                            + did_you_mean(arg, [str(p) for p in Path("config").glob("*.py")]))
+        elif not given and not isinstance(settings.get(name, True), bool):
             raise UserError(f"{arg}: needs a value, as {arg}=...")
-        new = from_file(arg, settings) if arg in files else {name: from_flag(name, text, settings) if given else True}
-        settings.update({k: checked(k, v, settings, allowed.get(k), arg.partition("=")[0]) for k, v in new.items()})
+        else:
+            new = {name: from_flag(name, text, settings) if given else True}
+        for key, value in new.items():
+            where = arg.partition("=")[0]
+            settings[key] = check_value(key, value, settings, allowed.get(key), where)
     return files
+
+
+def print_help(script, argv):
+    """Print a script's docstring and its settings in groups, with the values that argv gives."""
+    configure(script, [arg for arg in argv if arg not in ("--help", "-h")], script["allowed"])
+    print(script["__doc__"])
+    source = Path(script["__file__"]).read_text()
+    for group, name, why in re.findall(r"^(# [a-z ]+)$|^([a-z]\w*) = .*?(  # .*)$", source, re.M):
+        print(f"\n{group}" if group else f"  {name} = {script[name]!r}{why}")

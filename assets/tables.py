@@ -1,9 +1,19 @@
-"""Print README's tables of speed and memory from the logs of bench.py: python assets/tables.py"""
+"""Tables of README.md and assets/*.md, made from the logs in this folder.
+
+  python assets/tables.py            # print them
+  python assets/tables.py --write    # put them into the pages
+"""
 import json
+import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STEP = "compile_model", "use_8bit_adam", "optimizer_in_backward", "use_gradient_checkpointing", "block_size", "use_lora"
+SAVERS = "compile_model", "use_8bit_adam", "use_gradient_checkpointing"
+KINDS = "block_size", "use_lora"
+BATCH = "batch_size", "gradient_accumulation_steps"
+WORDS = {"use_8bit_adam": "8-bit Adam", "use_gradient_checkpointing": "checkpointing",
+         "use_lora": "adapters"}
 
 
 def rows_of(name):
@@ -11,75 +21,165 @@ def rows_of(name):
     return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
 
 
-def label(row, *settings):
-    """What a row is of: the config file, and those of the settings that are on."""
-    on = [f"`{k}`" if row["settings"][k] is True else f"`{k}={row['settings'][k]}`" for k in settings
-          if row["settings"][k]]
-    return ", ".join([row["name"], *on])
+def label(row, *names):
+    """The config file of a row, and those of the named settings that are on."""
+    parts = [row["name"]]
+    for name in names:
+        value = row["settings"][name]
+        if value is True:
+            parts.append(f"`{name}`")
+        elif value:
+            parts.append(f"`{name}={value}`")
+    return ", ".join(parts)
 
 
-def table(*rows):
-    """Lines of a table, whose first row is its head."""
-    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+def table(head, *rows):
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def stages():
+    """What the stages train, and where config/tiny.py stands after each."""
+    evaluations = [row for row in rows_of("tiny.jsonl") if "eval_nelbo" in row]
+    # the first evaluation of a stage is also the end of the stage before
+    first = {row["stage"][0]: row for row in reversed(evaluations)}
+    after = {"1": first["2"], "2": first["3"], "3": evaluations[-1]}
+    what = {
+        "1": ["1 attention adaptation", "attention, mask, time embedding", "0.5x", "diffusion"],
+        "2": ["2 diffusion", "everything", "1x", "diffusion"],
+        "3": ["3 recovery", "everything", "0.3x", "diffusion + 0.5 AR"],
+    }
+    head = ["stage", "trains", "learning rate", "loss", "`eval_nelbo`", "`ar_ppl`"]
+
+    def figures(row):
+        return [f"{row['eval_nelbo']:.3f}", f"{row['ar_ppl']:.2f}"]
+
+    rows = [[*what[number], *figures(after[number])] for number in what]
+    return table(head, ["right after surgery", "", "", "", *figures(first["1"])], *rows)
 
 
 def speed():
-    """Training, each beside the plain way of the same minutes."""
-    rows = [["", "tokens/s", "plain", "speed", "GB", "plain", "memory", "of the GEMM peak"]]
+    """The training step, beside the plain way of doing it."""
+    head = ["", "tokens/s", "baseline", "speed-up", "GB", "baseline GB", "ratio", "of peak"]
+    rows = []
     for r in rows_of("bench.jsonl"):
-        theirs = ["", "", "", ""] if "speedup" not in r else [
-            f"{r['baseline_tokens_per_s']:.0f}", f"{r['speedup']:.2f}", f"{r['baseline_peak_memory_gb']:.2f}",
-            f"{r['memory_ratio']:.2f}"]
-        rows.append([label(r, "dtype", *STEP), f"{r['tokens_per_s']:.0f}", *theirs[:2], f"{r['peak_memory_gb']:.2f}",
-                     *theirs[2:], "" if r["mfu"] is None else f"{r['mfu']:.0%}"])
-    return table(*rows)
+        baseline = [f"{r['baseline_tokens_per_s']:.0f}", f"{r['speedup']:.2f}"]
+        memory = [f"{r['baseline_peak_memory_gb']:.2f}", f"{r['memory_ratio']:.2f}"]
+        peak = "" if r["mfu"] is None else f"{r['mfu']:.0%}"
+        rows.append([label(r, "dtype", *SAVERS, *KINDS), f"{r['tokens_per_s']:.0f}", *baseline,
+                     f"{r['peak_memory_gb']:.2f}", *memory, peak])
+    return table(head, *rows)
 
 
-def writing():
+def sampling():
     """Sampling, beside LLaDA's plain loop and plain AR decoding."""
-    rows = [["", "tokens/s", "passes a token", "LLaDA's loop", "speed", "plain AR", "verified"]]
+    head = ["", "tokens/s", "passes per token", "LLaDA's loop", "speed-up", "plain AR", "verified"]
+    rows = []
     for r in rows_of("bench_sampling.jsonl"):
-        what = ["prompts", "threshold"] if r["settings"]["prompts"] else ["block_size"]  # of a folder: its own
-        rows.append([label(r, *what, "new_tokens"), f"{r['sample_tokens_per_s']:.1f}", f"{r['forwards_per_token']:.2f}",
-                     f"{r['baseline_sample_tokens_per_s']:.1f}", f"{r['sample_speedup']:.2f}",
-                     f"{r['ar_tokens_per_s']:.1f}",
-                     f"{r['verify_tokens_per_s']:.1f}" if "verify_tokens_per_s" in r else ""])
-    return table(*rows)
+        names = ["prompts", "threshold"] if r["settings"]["prompts"] else ["block_size"]
+        verified = r.get("verify_tokens_per_s")
+        rows.append([label(r, *names, "new_tokens"), f"{r['sample_tokens_per_s']:.1f}",
+                     f"{r['forwards_per_token']:.2f}", f"{r['baseline_sample_tokens_per_s']:.1f}",
+                     f"{r['sample_speedup']:.2f}", f"{r['ar_tokens_per_s']:.1f}",
+                     f"{verified:.1f}" if verified else ""])
+    return table(head, *rows)
+
+
+def block_figures(r):
+    """The figures of a row of blocks.jsonl: nats, AR perplexity, tokens per forward, speed."""
+    own = " (own text)" if r["ar_ppl_before"] < 5 else ""
+    cells = [f"{r['eval_nelbo']:.3f}{own}", f"{r['ar_ppl']:.3f}{own}"]
+    if "tokens_per_forward" not in r:
+        return [*cells, "", ""]
+    kind = "default_" if "default_tokens_per_s" in r else ""  # the default drafts and branches
+    ratio = r[f"{kind}tokens_per_s"] / r[f"{kind}ar_tokens_per_s"]
+    return [*cells, f"{r[f'{kind}tokens_per_forward']:.2f}", f"{ratio:.2f}"]
+
+
+BLOCK_HEAD = ["`eval_nelbo`", "`ar_ppl`", "tokens per forward", "speed over AR"]
+
+
+def blocks():
+    """Five ways to convert, in words."""
+    plain = "--on_policy_tokens=0"
+    time = f"{plain} --use_time_embedding=true"
+    whole = (f"{time} --block_size=0 --full_mask_share=0 --distill_weight=0 --lm_loss_stages=3 "
+             "--lm_loss_weight=0.5")
+    ways = {
+        whole: "whole sequence, as tiny.py, gpt2.py and phi2.py",
+        plain: "blocks of 4, all weights, on the data",
+        "": "the same with on-policy text, as tiny_block.py and phi2_block.py",
+        f"{time} --use_lora": "blocks of 4, adapters, on the data",
+        "--use_lora --on_policy_share=1": "adapters, on-policy text alone, as the `_lora` configs",
+    }
+    found = {r["flags"]: r for r in rows_of("blocks.jsonl")}
+    return table(["what is trained", *BLOCK_HEAD],
+                 *([ways[flags], *block_figures(found[flags])] for flags in ways))
+
+
+def ablation():
+    """All of blocks.jsonl, with the flags of each row."""
+    rows = []
+    for r in rows_of("blocks.jsonl"):
+        flags = f"`{r['flags']}`" if r["flags"] else "none"
+        rows.append([flags, *block_figures(r)])
+    return table(["flags", *BLOCK_HEAD], *rows)
 
 
 def estimates():
-    """What --estimate says, beside what the same settings then took."""
-    rows, found = [["", "estimated, GB", "measured, GB"]], rows_of("bench_estimates.jsonl")
-    for measured, r in zip(found[::2], found[1::2], strict=True):
-        what = label(r, "dtype", "batch_size", "gradient_accumulation_steps", *STEP)
-        rows.append([what, f"{r['estimate_gb']['total']:.2f}", f"{measured['peak_memory_gb']:.2f}"])
-    return table(*rows)
+    """What --estimate says, beside what the same settings then took. The log has them in pairs."""
+    found, rows = rows_of("bench_estimates.jsonl"), []
+    for measured, estimated in zip(found[::2], found[1::2], strict=True):
+        total = estimated["estimate_gb"]["total"]
+        rows.append([label(estimated, "dtype", *BATCH, *SAVERS, *KINDS), f"{total:.2f}",
+                     f"{measured['peak_memory_gb']:.2f}"])
+    return table(["", "estimated, GB", "measured, GB"], *rows)
+
+
+def savers(row):
+    """A cell of cards(): the memory savers that make a row fit, its GB, and the largest batch."""
+    if not row["fits"]:
+        return "no"
+    step = row["ladder"][-1]
+    on = [WORDS[name] for name, value in step["means"].items() if value and name in WORDS]
+    if "batch_size" in step["means"]:
+        on.append(f"`batch_size={step['means']['batch_size']}`")
+    batch = f", batch up to {row['largest_batch']}" if row["largest_batch"] else ""
+    return f"{' + '.join(on) or 'baseline'}: {step['gb']:.1f} GB{batch}"
 
 
 def cards():
-    """What it takes for a model to fit a card, and the largest batch then."""
+    """Which memory savers let a model fit a card, by the size of the card."""
     rows = rows_of("bench_cards.jsonl")
-    sizes = sorted({r["limit_gb"] for r in rows})
-    lines = [["model", "with no means", *(f"{round(x) + 3} GB" for x in sizes)]]
-    for name in dict.fromkeys(r["name"].partition(":")[0] for r in rows):
-        cells = []
-        for r in sorted((r for r in rows if r["name"].partition(":")[0] == name), key=lambda r: r["limit_gb"]):
-            means = r["ladder"][-1]["means"]
-            words = ["in backward"] * means.get("optimizer_in_backward", False)
-            words += ["8-bit Adam"] * means.get("use_8bit_adam", False)
-            words += [f"checkpointing of {means.get('checkpoint_share', 0):.0%}"] * (
-                means.get("use_gradient_checkpointing", False))
-            if "batch_size" in means:
-                words.append(f"batch_size {means['batch_size']}")
-            words += ["adapters"] * means.get("use_lora", False)
-            cells.append(f"{' + '.join(words) or 'none'}: {r['ladder'][-1]['gb']:.1f} GB, up to {r['largest_batch']}"
-                         if r["fits"] else "no")
-        lines.append([name, f"{r['ladder'][0]['gb']:.1f} GB", *cells])
-    return table(*lines)
+    limits = sorted({r["limit_gb"] for r in rows})
+    lines = []
+    for model in dict.fromkeys(r["name"].partition(":")[0] for r in rows):
+        of_model = {r["limit_gb"]: r for r in rows if r["name"].partition(":")[0] == model}
+        first = next(iter(of_model.values()))
+        cells = [savers(of_model[limit]) if limit in of_model else "" for limit in limits]
+        lines.append([model, f"{first['ladder'][0]['gb']:.1f} GB", *cells])
+    return table(["model", "baseline", *(f"{round(limit) + 3} GB" for limit in limits)], *lines)
 
 
-TABLES = {"speed": speed, "writing": writing, "estimates": estimates, "cards": cards}
+PAGES = {
+    "README.md": [blocks, stages, speed],
+    "assets/blocks.md": [ablation, sampling],
+    "assets/memory.md": [cards, estimates],
+}
+
+
+def quote(make):
+    """A table between its marks, as the pages have it."""
+    return "\n".join([f"<!-- {make.__name__} -->", *make(), "<!-- end -->"])
+
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        print(f"<!-- {name} -->", *make(), "<!-- end -->", "", sep="\n")
+    for page, makers in PAGES.items():
+        path = HERE.parent / page
+        for make in makers:
+            text = quote(make)
+            print(text, end="\n\n")
+            if "--write" in sys.argv:
+                marks = rf"<!-- {make.__name__} -->\n.*?<!-- end -->"
+                old = path.read_text()
+                path.write_text(re.sub(marks, lambda _, text=text: text, old, flags=re.S))

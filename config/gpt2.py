@@ -1,6 +1,8 @@
-# GPT-2 (124 M) into a diffusion LM on wikitext-103: whole sequence, cosine schedule, three stages, 205 M tokens in all.
+# GPT-2 (124 M) into a diffusion LM on wikitext-103: whole sequence, three stages,
+# 205 M tokens in all.
 # python convert.py config/gpt2.py      needs the hub once and any GPU of 6 GB or more
-# By arithmetic, not measured: 124 M x 10 bytes = 1.3 GB, activations of 16 windows about 4 GB; 0.8 GB a checkpoint.
+# Estimated, not measured: 124 M x 10 bytes = 1.3 GB, activations of 16 windows about 4 GB, and
+# 0.8 GB of disk per checkpoint.
 model_name = "openai-community/gpt2"
 max_seq_length = 512
 
@@ -9,5 +11,5 @@ batch_size = 16
 gradient_accumulation_steps = 2
 learning_rate = 3e-4
 
-dtype = "bfloat16"  # the GPU's fast units, with float32's range: no loss scaling
-use_gradient_checkpointing = False  # fits without
+dtype = "bfloat16"  # fast on a GPU; has float32's range, so needs no loss scaling
+use_gradient_checkpointing = False  # not needed to fit

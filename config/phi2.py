@@ -1,7 +1,9 @@
-# Phi-2 (2.78 B) into a diffusion LM on wikitext-103: whole sequence, cosine schedule, three stages.
-# python convert.py config/phi2.py config/single_a6000.py      needs the hub once, and one card of 40 GB or more
-# By arithmetic, not measured: weights 4 + gradients 4 + 8-bit Adam 2 bytes, times 2.78 B = 28 GB; with checkpointing
-# 1 GB of activations and 0.6 GB of logits; 17 GB of disk a checkpoint. A 20 GB card does not take it in full.
+# Phi-2 (2.78 B) into a diffusion LM on wikitext-103: whole sequence, three stages.
+# python convert.py config/phi2.py config/single_a6000.py
+#     needs the hub once, and one card of 40 GB or more
+# Estimated, not measured: weights 4 + gradients 4 + 8-bit Adam 2 bytes, times 2.78 B = 28 GB.
+# With gradient checkpointing, 1 GB of activations and 0.6 GB of logits. 17 GB of disk per
+# checkpoint. Full training does not fit a 20 GB card.
 model_name = "microsoft/phi-2"
 max_seq_length = 512
 

@@ -1,17 +1,20 @@
-# Phi-2 (2.78 B) as a block-diffusion model that keeps its AR mode: blocks of 4, all weights train. Never run yet.
-# python convert.py config/phi2_block.py config/single_a6000.py      needs the hub once, and one card of 48 GB
-# By arithmetic, not measured: 28 GB of weights, gradients and 8-bit Adam; a step runs on twice its tokens.
+# Phi-2 (2.78 B) as a block-diffusion model that keeps its AR mode: blocks of 4, all weights
+# train. Not run yet.
+# python convert.py config/phi2_block.py config/single_a6000.py
+#     needs the hub once, and one card of 48 GB
+# Estimated, not measured: 28 GB of weights, gradients and 8-bit Adam. A step runs on twice its
+# tokens, a clean and a noisy copy.
 model_name = "microsoft/phi-2"
 
 block_size = 4
-full_mask_share = 0.5  # what drafts start from
+full_mask_share = 0.5  # drafting starts from blocks that are masked entirely
 distill_weight = 1.0
 lm_loss_weight = 1.0
-lm_loss_stages = "123"  # costs only its rows of the head
-use_time_embedding = False  # the block itself shows how much of it is masked
-on_policy_tokens = 2000000  # what will be drafted is the model's own text ...
-on_policy_share = 0.25  # ... which, taken alone, would cost it what it knows
-stage3_epochs = 0.0  # the causal loss is there all along, so there is nothing to recover
+lm_loss_stages = "123"  # nearly free: only the head computes more
+use_time_embedding = False  # the model sees how much of a block is masked
+on_policy_tokens = 2000000  # at decoding time the model drafts its own text
+on_policy_share = 0.25  # on its own text alone, the AR model would forget
+stage3_epochs = 0.0  # every stage has the AR loss, so there is nothing to recover
 
 # 1 window x 32 = 32 windows x 512 tokens = 16,384 tokens a step
 max_seq_length = 512

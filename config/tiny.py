@@ -1,5 +1,7 @@
-# A 1.8 M-parameter byte-level Llama: AR pre-training from scratch (stage 0), then the three stages. Downloads nothing.
-# python convert.py config/tiny.py      about 4 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
+# A byte-level Llama of 1.8 M parameters: AR pre-training from scratch (stage 0), then the three
+# stages. Downloads nothing.
+# python convert.py config/tiny.py
+#     about 4 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
 model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
                   "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
                   "tie_word_embeddings": true}"""
@@ -8,7 +10,8 @@ dataset_name = "pydoc"
 max_seq_length = 256
 eval_samples = 64
 
-# 8 windows x 256 bytes = 2,048 bytes a step, 900 steps: AR 270, attention 90, diffusion 450, recovery 90
+# 8 windows x 256 bytes = 2,048 bytes a step
+# 900 steps: AR 270, attention 90, diffusion 450, recovery 90
 batch_size = 8
 gradient_accumulation_steps = 1
 max_steps = 900
@@ -17,12 +20,12 @@ stage1_epochs = 1.0
 stage2_epochs = 5.0
 stage3_epochs = 1.0
 learning_rate = 1.2e-3
-stage0_lr_scale = 1.6  # random weights take more than trained ones
+stage0_lr_scale = 1.6  # random weights can take a higher rate than trained ones
 warmup_steps = 30
 
 dtype = "float32"  # bfloat16 is slow on many CPUs
-compile_model = False  # would cost more seconds than it saves here
-use_8bit_adam = False  # 1.8 M parameters need no saving
+compile_model = False  # compiling takes longer than it saves here
+use_8bit_adam = False  # not needed for 1.8 M parameters
 use_gradient_checkpointing = False
 eval_steps = 50
 save_steps = 200
