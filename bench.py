@@ -100,15 +100,8 @@ def build(for_training=True):
         ours = None  # a converted model knows its own
     torch.manual_seed(convert.seed)
     model, tokenizer = convert.load_model(name, device, ours, tokenizer_name, config_json)
-    check_length(model)
+    convert.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
-
-
-def check_length(model):
-    """UserError for windows that are longer than the model can take."""
-    if convert.max_seq_length > model.max_positions:
-        raise UserError(f"max_seq_length: {convert.max_seq_length}, but the model has "
-                        f"{model.max_positions} positions")
 
 
 def our_training():
@@ -203,7 +196,7 @@ def our_sampling():
         n, passes = new_tokens, sample_steps
         if kind == "first block":
             n, passes = block, max(1, round(sample_steps / math.ceil(new_tokens / block)))
-        [ids], forwards, _ = convert.generate(model, [text], n, passes, threshold=threshold)
+        [ids], forwards = convert.generate(model, [text], n, passes, threshold=threshold)
         return ids[len(text):][:n], forwards
 
     def work(kind):
@@ -525,7 +518,7 @@ def fake_model(config):
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         model = convert.DiffusionLM(lm, **convert.model_settings()).train()
-    check_length(model)
+    convert.check_length(model, convert.max_seq_length)
     with mode:
         model.to_empty(device="cpu")
         lm.tie_weights()

@@ -79,7 +79,7 @@ eval_samples = 128  # held-out windows
 batch_size = 2  # windows in a micro-batch; halved when memory runs out
 gradient_accumulation_steps = 16  # micro-batches in an optimizer step
 learning_rate = 1e-4  # peak, times the stage's lr_scale
-lr_schedule = "cosine"  # decay to zero within each stage: cosine | linear | constant
+lr_schedule = "cosine"  # after the warm-up: cosine | linear, to zero in each stage | constant
 warmup_steps = 100  # of each stage, but at most a fifth of its steps
 weight_decay = 0.01  # on matrices; vectors have none
 beta1 = 0.9  # AdamW
@@ -102,14 +102,14 @@ distill_weight = 0.0  # blocks only: weight of the KL to the model's own AR pred
 full_mask_share = 0.0  # blocks only: share of blocks masked entirely, as when drafting
 max_steps = 0  # optimizer steps of all stages together, shared out by epochs; 0: whole epochs
 # diffusion
-num_timesteps = 1000  # T; matters to the time embedding and at the ends of the schedule
+num_timesteps = 1000  # matters to the time embedding and at the ends of the schedule
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; trained weights stay in float32
 compile_model = True  # torch.compile, one decoder layer at a time
 use_gradient_checkpointing = True  # a third more compute, far less activation memory
-max_memory_gb = 0.0  # a cap on CUDA, elsewhere a warning at 90 %; 0: the device's less 3
+max_memory_gb = 0.0  # a cap on CUDA, and everywhere a warning at 90 %; 0: the device's less 3
 auto_memory = False  # out of memory: checkpointing, then 8-bit Adam, then smaller micro-batches
 # run
 out_dir = ""  # "": outputs/<name of the config file>_diffusion
@@ -174,9 +174,9 @@ def check_settings():
 
 # ----------------------------------------------------------------------------------------------
 # Masked diffusion in discrete time (MDLM, https://arxiv.org/abs/2406.07524; LLaDA,
-# https://arxiv.org/abs/2502.09992): at step t of T a token is a mask with probability 1 - alpha(t).
+# https://arxiv.org/abs/2502.09992): at timestep t a token is a mask with probability 1 - alpha(t).
 def alpha(t, num_timesteps, schedule):
-    """Share of tokens still clean at step t (LongTensor, 0..T), float64; 1 at t = 0, 0 at t = T."""
+    """Share of tokens still clean at t (LongTensor, 0..num_timesteps), float64: from 1 to 0."""
     u = t.double() / num_timesteps
     return {
         "cosine": torch.cos(math.pi * u / 2) ** 2,  # https://arxiv.org/abs/2102.09672, eq. 17
@@ -187,13 +187,14 @@ def alpha(t, num_timesteps, schedule):
 
 
 def elbo_weight(t, num_timesteps, schedule):
-    """Weight of a masked token in the NELBO, T (alpha(t-1) - alpha(t)) / (1 - alpha(t)): eq. 8."""
+    """Weight of a masked token in the NELBO (MDLM, eq. 8), with n timesteps:
+    n (alpha(t-1) - alpha(t)) / (1 - alpha(t))."""
     now, before = alpha(t, num_timesteps, schedule), alpha(t - 1, num_timesteps, schedule)
     return num_timesteps * (before - now) / (1 - now)  # times the mask rate, its mean over t is 1
 
 
 def seed_for(*parts):
-    """A seed from (purpose, seed, stage, step), so that a resume needs no saved random state."""
+    """A seed for one use: its name, the run's seed, stage, step. No random state need be saved."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
@@ -201,15 +202,15 @@ def seed_for(*parts):
 def sample_noise(n, length, num_timesteps, noise_seed, block_size=0, full_mask_share=0.0):
     """Timesteps t (n, n_blocks) and uniform noise (n, length), float64, on the CPU.
 
-    One timestep in 1..T per block, stratified: those of a batch cover 1..T evenly, which lowers the
-    variance of the loss. T + 1 marks a block to be masked entirely.
+    One timestep in 1..num_timesteps per block, stratified: those of a batch cover the range evenly,
+    which lowers the variance of the loss. num_timesteps + 1 marks a block to be masked entirely.
     """
     generator = torch.Generator().manual_seed(noise_seed)
     n_blocks = length // (block_size or length)
     u = torch.randperm(n * n_blocks, generator=generator)
     u = u + torch.rand(len(u), generator=generator, dtype=torch.float64)  # one draw per stratum
     u = (u / len(u)).view(n, n_blocks)
-    t = 1 + (u / max(1 - full_mask_share, 1e-9) * num_timesteps).long()
+    t = 1 + (u / max(1 - full_mask_share, 1e-9) * num_timesteps).long()  # u below it, stretched
     t = t.clamp(max=num_timesteps)
     t = torch.where(u < 1 - full_mask_share, t, num_timesteps + 1)
     return t, torch.rand(n, length, generator=generator, dtype=torch.float64)
@@ -227,29 +228,29 @@ def loss_weights(x0, t, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0):
     """Mask a batch, and weigh each token in each loss: (x0, xt, t, diffusion_w, ar_w).
 
     x0 (B, T): token ids, ~id for context that is never masked and never scored. t (B, n_blocks) and
-    noise (B, T): of sample_noise(). The first n_on_policy windows were written by the model itself:
-    they train drafting only. Weights are divided by the tokens of the whole batch, so the losses of
-    micro-batches add up to nats per token.
+    noise (B, T): of sample_noise(). diffusion, ar: weights of the losses. The first n_on_policy
+    windows were written by the model itself and get no AR loss. Weights are divided by the tokens
+    of the whole batch, so the losses of micro-batches add up to nats per token.
     """
     block = model.block_size or x0.shape[1]
     position = torch.arange(x0.shape[1])
     scored = (x0 >= 0) & (position > 0)  # nothing predicts the first token of a window
     ar_scored = scored & (torch.arange(len(x0)) >= n_on_policy)[:, None]
-    x0 = torch.maximum(x0, ~x0)
+    x0 = torch.maximum(x0, ~x0)  # ~id back to id
 
-    # 1) masks; t = T + 1 marks a block that is masked entirely, as blocks are when drafting starts
+    # 1) masks; num_timesteps + 1 marks a block masked entirely, as blocks are when drafting starts
     fully_masked = t > model.num_timesteps
     t = t.clamp(max=model.num_timesteps)
-    schedule = model.num_timesteps, model.noise_schedule
-    xt, masked = mask_tokens(x0, t, noise, scored, model.mask_id, *schedule)
+    process = model.num_timesteps, model.noise_schedule
+    xt, masked = mask_tokens(x0, t, noise, scored, model.mask_id, *process)
 
     # 2) the diffusion loss: a masked token counts by the ELBO, or 1 in a fully masked block
     per_token = diffusion / scored.sum().clamp(min=1)
-    weight = torch.where(fully_masked, 1.0, elbo_weight(t, *schedule))  # (B, n_blocks)
+    weight = torch.where(fully_masked, 1.0, elbo_weight(t, *process))  # (B, n_blocks)
     diffusion_w = masked * per_token * weight.repeat_interleave(block, 1)
 
     # 3) the AR loss. In block mode the first token of a block belongs here too: it is predicted
-    # from a clean state, so noise does not matter to it, and it counts 1, the mean ELBO weight
+    # from a clean state, so noise does not matter to it: it counts 1, as a token does on average
     ar_w = ar * ar_scored / ar_scored.sum().clamp(min=1)
     if model.block_size:
         first = position % block == 0
@@ -262,22 +263,22 @@ def forward_passes(x0, xt, t, diffusion_w, ar_w, model, distill=0.0):
     """The model calls for a (micro-)batch of loss_weights(), as arguments of model.loss().
 
     Token i is always predicted from the hidden state at i - 1, as in the AR model ("logit shift").
-    distill: weight of the KL to the AR prediction, beside a diffusion loss of 1; blocks only.
+    distill: weight of the KL to the AR prediction, relative to the diffusion loss; blocks only.
     """
     T = x0.shape[1]
     noisy = diffusion_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
     clean = ar_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
 
-    def reads(tokens, weights, row_length, offset=0):
-        b, i = tokens  # rows index the flattened hidden states, (B * row_length, C)
-        rows = b * row_length + offset + i - 1
+    def predictions(tokens, weights, row_length, offset=0):
+        b, i = tokens
+        rows = b * row_length + offset + i - 1  # of the flattened hidden states, (B * length, C)
         return {"rows": rows, "targets": x0[b, i], "weights": weights[b, i].float()}
 
     if model.block_size and len(noisy[0]):  # one pass over [clean copy | noisy copy]
-        both = reads(noisy, diffusion_w, 2 * T, offset=T), reads(clean, ar_w, 2 * T)
+        both = predictions(noisy, diffusion_w, 2 * T, offset=T), predictions(clean, ar_w, 2 * T)
         inputs = {name: torch.cat([part[name] for part in both]) for name in both[0]}
         if distill:  # the clean copy predicts the same tokens
-            teachers = reads(noisy, distill * diffusion_w, 2 * T)
+            teachers = predictions(noisy, distill * diffusion_w, 2 * T)
             inputs |= {"teacher_rows": teachers["rows"], "kl_weights": teachers["weights"]}
         ids, t = torch.cat([x0, xt], 1), torch.cat([0 * t, t], 1)
         return [{"attention": "blocks", "ids": ids, "t": t, **inputs}]
@@ -285,10 +286,11 @@ def forward_passes(x0, xt, t, diffusion_w, ar_w, model, distill=0.0):
     passes = []
     if len(noisy[0]):
         attention = "bidirectional" if model.bidirectional else "causal"
-        inputs = reads(noisy, diffusion_w, T)
+        inputs = predictions(noisy, diffusion_w, T)
         passes.append({"attention": attention, "ids": xt, "t": t, **inputs})
     if len(clean[0]):
-        passes.append({"attention": "causal", "ids": x0, "t": 0 * t, **reads(clean, ar_w, T)})
+        inputs = predictions(clean, ar_w, T)
+        passes.append({"attention": "causal", "ids": x0, "t": 0 * t, **inputs})  # t is for masks
     return passes
 
 
@@ -296,11 +298,11 @@ def forward_passes(x0, xt, t, diffusion_w, ar_w, model, distill=0.0):
 # The model. The Hugging Face model is not resized, subclassed or copied: it gets a mask embedding,
 # a causal switch, and a head for chosen rows. Causal and without masks it is exactly what it was.
 def mask_mod(query, key, window):
-    """Whether a query may attend to a key, each (position, block_id, context_end), broadcastable.
+    """Whether a query sees a key; each is (position, block_id, context_end), broadcastable.
 
-    Clean keys (block_id 0): if they lie before the query's context_end, which is its position + 1
-    for a clean query (causal), the start of its block for a noisy one; a sliding window limits how
-    far back. Noisy keys: if both are in the same block. Padding has block_id -1.
+    It sees clean keys (block_id 0) before its context_end: for a clean query its position + 1
+    (causal), for a noisy one the start of its block. A sliding window limits how far back. It sees
+    noisy keys of its own block. Padding has block_id -1.
     """
     sees_clean = key[0] < query[2]
     if window:
@@ -315,7 +317,7 @@ def clean_meta(length):
 
 
 def block_meta(T, block_size):
-    """The same for [clean copy | noisy copy in blocks], (3, 1, 2T); both have positions 0..T-1."""
+    """(position, block_id, context_end) of [clean copy | noisy copy in blocks], (3, 1, 2T)."""
     i = torch.arange(T)
     noisy = torch.stack([i, 1 + i // block_size, i // block_size * block_size])[:, None]
     return torch.cat([clean_meta(T), noisy], 2)
@@ -332,7 +334,7 @@ def new_cache(device):
 def crop_cache(cache, n):
     """Drop the last n tokens of a cache."""
     cache.meta = cache.meta[:, :, :cache.meta.shape[2] - n]
-    for layer in cache.layers if n else ():  # crop() means something else in other versions
+    for layer in cache.layers if n else ():  # crop() differs between versions
         layer.keys = layer.keys[:, :, :layer.keys.shape[2] - n]
         layer.values = layer.values[:, :, :layer.values.shape[2] - n]
 
@@ -363,14 +365,14 @@ class DiffusionLM(nn.Module):
             nn.init.zeros_(self.time_mlp[2].weight)  # starts as if it were not there
             nn.init.zeros_(self.time_mlp[2].bias)
 
-        # 2) what the switch turns; windows and positions limit what the model can be asked
+        # 2) the causal switch, and what limits a text: positions and the sliding window
         config = lm.config.get_text_config()
         self.max_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.switches, self.kernel = causal_switches(lm), lm.config._attn_implementation
         windows = [causal for _, name, causal, _ in self.switches if name == "sliding_window"]
-        self.window = windows[0] if windows else None
+        self.window = (windows or [None])[0]
 
-        # 3) for t_for_mask_rate(), for blocks, for adapters, for the head
+        # 3) what the methods below keep between calls
         mask_rates = 1 - alpha(torch.arange(num_timesteps + 1), num_timesteps, noise_schedule)
         self.register_buffer("mask_rates", mask_rates.float(), persistent=False)
         self.block_inputs = {}  # attention_inputs() of [clean | noisy] by length, built once
@@ -402,7 +404,7 @@ class DiffusionLM(nn.Module):
     # -- end of the surgery
 
     def add_adapters(self, rank, alpha, dropout, targets):
-        """Add LoRA (https://arxiv.org/abs/2106.09685): off in causal mode, else times the gate.
+        """Add LoRA (https://arxiv.org/abs/2106.09685), off in causal mode, else times the gate.
 
         targets: auto | attention | names, comma-separated. Raises UserError where they do not fit.
         """
@@ -425,7 +427,7 @@ class DiffusionLM(nn.Module):
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(wanted),
             task_type="CAUSAL_LM", base_model_name_or_path=self.lm.name_or_path)
         with errors_as(f"lora_targets: '{targets}'"), warnings.catch_warnings(action="ignore"):
-            inject_adapter_in_model(self.lora_config, self.lm)  # warns of what it then corrects
+            inject_adapter_in_model(self.lora_config, self.lm)  # warns of Conv1D, then handles it
         # each adapter is gated by a hook, and switched off by peft's own flag in causal mode
         in_decoder = set(self.lm.get_decoder().modules())
         self.adapters = [(parent, name, m) for parent in self.lm.modules()
@@ -458,8 +460,8 @@ class DiffusionLM(nn.Module):
 
     @contextlib.contextmanager
     def original_model(self):
-        """The Hugging Face model as it was loaded, without adapters, to save or to write with.
-        Saved in bidirectional mode, it would reload as not causal."""
+        """The Hugging Face model in its original form, causal and without adapters, to save or to
+        write with. Saved in bidirectional mode, it would reload as not causal."""
         self.set_causal(True)
         kernel = self.lm.config._attn_implementation
         if kernel != self.kernel:
@@ -508,7 +510,7 @@ class DiffusionLM(nn.Module):
         return {"position_ids": meta[0], "attention_mask": mask, "gate": gate, "cache": cache}
 
     def hidden(self, ids, t, gate=None, cache=None, **kwargs):
-        """The decoder's own output, and its hidden states (B, L, C)."""
+        """The decoder's output, as head() needs it, and the hidden states in it (B, L, C)."""
         self.gate = gate  # read by the hooks of the adapters, also when layers are re-run
         output = self.lm.get_decoder()(
             inputs_embeds=self.embed(ids, t), past_key_values=cache, use_cache=cache is not None,
@@ -537,19 +539,19 @@ class DiffusionLM(nn.Module):
 
     def forward(self, ids, t=None, rows=None, **kwargs):
         """Logits (B, L, V), or (N, V) of rows of the flattened hidden states. ids: (B, L); t:
-        (B, n_blocks) in 1..T, needed for masks; kwargs: of attention_inputs()."""
+        (B, n_blocks) in 1..num_timesteps, for masks; kwargs: of attention_inputs()."""
         output, states = self.hidden(ids, t, **kwargs)
         if rows is None:
             return self.head(output, states)
         return self.head(output, states.flatten(0, 1)[rows][None])[0]
 
     def loss(self, attention, ids, t, rows, targets, weights, teacher_rows=None, kl_weights=None):
-        """The weighted sum of the cross-entropies of one of forward_passes(), a scalar.
+        """The weighted sum of the cross-entropies of one pass of forward_passes(), a scalar.
 
         rows (N,) of the flattened hidden states predict targets (N,). The first M also get a KL,
         times kl_weights (M,), to the AR prediction at teacher_rows (M,), which gets no gradient.
         """
-        with record_function("data"):
+        with record_function("data"):  # names the parts in a profile, and for bench.py
             if teacher_rows is None:
                 teacher_rows, kl_weights = rows[:0], weights[:0]
             tensors = ids, t, rows, targets, weights, teacher_rows, kl_weights
@@ -588,12 +590,12 @@ class DiffusionLM(nn.Module):
 
 
 def attention_modules(module):
-    """[(name, module)] of attention, whatever the family calls it."""
+    """[(name, module)] of attention: of classes named ...Attention, in every family."""
     return [(k, m) for k, m in module.named_modules() if type(m).__name__.endswith("Attention")]
 
 
 def decoder_layers(lm):
-    """The layers of a decoder."""
+    """The layers of a decoder: its first ModuleList."""
     return next(m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList))
 
 
@@ -608,7 +610,7 @@ def causal_switches(lm):
     """[(owner, attribute, value if causal, value if bidirectional)] in the configs and modules.
 
     Some families ask their config, some each attention module, so all are set. A sliding window
-    becomes one that nothing reaches past. SDPA then needs no mask tensor: its flash path.
+    becomes one that nothing reaches past. Bidirectional SDPA gets no mask tensor: the flash path.
     """
     modules = list(lm.modules())  # of all kinds, as families differ in who has the attribute
     configs = list({id(m.config): m.config for m in modules if "config" in vars(m)}.values())
@@ -623,13 +625,19 @@ def causal_switches(lm):
 
 # ----------------------------------------------------------------------------------------------
 # The probe: no table of families. What attention does is measured on the model at hand.
+def check_length(model, length):
+    """UserError if windows are longer than the model has positions."""
+    if length > model.max_positions:
+        raise UserError(f"max_seq_length: {length}, but the model has {model.max_positions} "
+                        "positions")
+
+
 @torch.no_grad()
 def probe(model, max_seq_length):
-    """How far position 0's hidden state moves when the last token changes, relative to the largest:
-    (if causal, if bidirectional). UserError if the model is not causal or cannot be switched."""
-    if max_seq_length > model.max_positions:
-        raise UserError(f"max_seq_length: {max_seq_length}, but the model has "
-                        f"{model.max_positions} positions")
+    """How far position 0's hidden state moves, relative to the largest, if the last token changes:
+    (when causal, when bidirectional). UserError if the model is not causal, or cannot be switched,
+    or has too few positions."""
+    check_length(model, max_seq_length)
     length = min(max_seq_length, max(8, (model.window or 0) + 2))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.mask_id, (1, length), generator=generator).to(model.device)
@@ -642,7 +650,7 @@ def probe(model, max_seq_length):
             model.set_causal(causal)
         with errors_as(f"architecture '{kind}' does not run from embeddings alone"):
             a, b = (model.hidden(x, None)[1][0] for x in (ids, changed))  # (T, C)
-            model(torch.full_like(ids, model.mask_id), ids[:, :1], ids[0, :1] * 0)  # masks, head
+            model(torch.full_like(ids, model.mask_id), t=ids[:, :1], rows=0 * ids[0, :1])  # masks
         moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
     if not max(moved[None], moved[True]) < 1e-4:
         raise UserError(f"architecture '{kind}' is no AR decoder: position 0 sees the last token")
@@ -650,15 +658,15 @@ def probe(model, max_seq_length):
         raise UserError(f"architecture '{kind}' cannot be made bidirectional, its attention stays "
                         "causal; --use_bidirectional_attention=false trains it as it is")
     if model.block_size:
-        probe_blocks(model, ids, a)
+        probe_blocks(model, ids, a)  # of the last pass, the causal one
     model.train(training)
     return moved[True], moved[False]
 
 
 def probe_blocks(model, ids, expected):
-    """UserError unless [clean | noisy] in one pass, in blocks of one token and without masks, gives
-    both copies the hidden states (T, C) of the causal model, past a sliding window too. With random
-    adapters the clean copy must still have them. Two rows: some families want a mask for each."""
+    """Check [clean | noisy] in one pass, in blocks of one token and without masks: both copies must
+    have the hidden states (T, C) of the causal model, past a sliding window too, and the clean copy
+    even with adapters that act. Two rows: some families want a mask each. Else UserError."""
     kind, T = model.lm.config.model_type, ids.shape[1]
     weights = [m.lora_B["default"].weight for _, _, m in model.adapters]
     saved = [p.detach().clone() for p in weights]
@@ -668,15 +676,15 @@ def probe_blocks(model, ids, expected):
     checks = [("block_size", 0.0, 2 * T, "--block_size=0 works")]
     if model.adapters:
         checks.append(("use_lora", 1.0, T, "try --lora_targets=attention"))
-    for setting, value, n_rows, advice in checks:
+    for setting, fill, n_rows, advice in checks:
         for p in weights:
-            p.data.fill_(value)
+            p.data.fill_(fill)
         with errors_as(f"{setting}: architecture '{kind}' does not take it"):
             states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0]
         for p, old in zip(weights, saved, strict=True):
             p.data.copy_(old)
         off = (states - expected.repeat(2, 1))[:n_rows].abs().max() / expected.abs().max()
-        if not off < tolerance:
+        if not off < tolerance:  # NaN fails, too
             raise UserError(f"{setting}: architecture '{kind}' cannot keep its clean copy apart, "
                             f"it is off by {off:.0e}; {advice}")
     model.block_size = block_size
@@ -717,8 +725,8 @@ def top_positions(scores, among, count):
 
 
 def confidence_score(order, probs, prob, cols, generator):
-    """Which of the masked positions is set first, the highest: scores (N,), from the distributions
-    probs (N, V), the probability prob (N,) of the drawn tokens, and their columns cols (N,)."""
+    """Scores (N,) of the masked positions, of which the highest are set first: from the
+    distributions probs (N, V), the drawn tokens' probability prob (N,) and columns cols (N,)."""
     if order == "confidence":
         return prob
     if order == "entropy":  # negative, so the most certain distribution comes first
@@ -737,8 +745,8 @@ def unmask(predict, ids, mask_id, steps, sampling=None, order="confidence", thre
 
     predict(ids, n_masked (B,), rows, cols): logits (N, V) of the masked positions.
     steps: passes at most (MaskGIT, https://arxiv.org/abs/2202.04200).
-    threshold: instead, each pass sets all tokens so probable, at least one a row (Fast-dLLM,
-    https://arxiv.org/abs/2505.22618).
+    threshold: instead, each pass sets all tokens at least this probable, or else the most probable
+    one of a row (Fast-dLLM, https://arxiv.org/abs/2505.22618).
     remask: this many of a row's least confident tokens are masked again (ReMDM,
     https://arxiv.org/abs/2503.00307).
     watch(ids, confidence): called after each pass.
@@ -798,7 +806,7 @@ def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options)
 
     A whole-sequence model fills prompt and new_tokens masks in at most `steps` passes. A block
     model writes block after block behind a KV cache, each in its share of the steps, until every
-    text has its `end`. options: of unmask(). Returns (lists of ids, forward passes, positions run).
+    text has its `end`. options: of unmask(). Returns (lists of ids, forward passes).
     """
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     P = max(map(len, prompts))
@@ -807,7 +815,6 @@ def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options)
     if model.block_size:
         n_blocks = math.ceil(new_tokens / model.block_size)
         ids, forwards = generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options)
-        computed = forwards * model.block_size
     else:
         ids = F.pad(ids, (0, new_tokens), value=model.mask_id)
         T, causal, padded = ids.shape[1], not model.bidirectional, len(set(map(len, prompts))) > 1
@@ -821,9 +828,8 @@ def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options)
             return model(ids, t, rows)
 
         ids, forwards = unmask(predict, ids, model.mask_id, steps, watch=watch, **options)
-        computed = forwards * T
     texts = zip(ids.tolist(), prompts, strict=True)
-    return [row[P - len(p):P + new_tokens] for row, p in texts], forwards, computed
+    return [row[P - len(p):P + new_tokens] for row, p in texts], forwards
 
 
 def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
@@ -849,8 +855,8 @@ def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
 
         def show(block, confidence, ids=ids, first_prob=first_prob):
             # the text is certain, the first token of a block as certain as the AR model was of it
-            text = torch.ones(ids.shape, device=ids.device), first_prob, confidence[:, 1:]
-            watch(torch.cat([ids, block], 1), torch.cat(text, 1))
+            parts = torch.ones(ids.shape, device=ids.device), first_prob, confidence[:, 1:]
+            watch(torch.cat([ids, block], 1), torch.cat(parts, 1))
 
         block, passes = unmask(predict, block, model.mask_id, max(1, round(steps / n_blocks)),
                                watch=show if watch else None, **options)
@@ -865,16 +871,12 @@ def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
 def make_stages(n_windows):
     """The stages as dicts: what each trains, its rate, its steps (0: skipped), the weights of its
     losses, and how many windows of a step are the model's own text."""
-    stages = [
-        {"name": "0 AR pre-training", "trains": "AR model",
-         "epochs": stage0_epochs, "lr": stage0_lr_scale * learning_rate},
-        {"name": "1 attention adaptation", "trains": "attention",
-         "epochs": stage1_epochs, "lr": stage1_lr_scale * learning_rate},
-        {"name": "2 diffusion", "trains": "everything",
-         "epochs": stage2_epochs, "lr": stage2_lr_scale * learning_rate},
-        {"name": "3 recovery", "trains": "everything",
-         "epochs": stage3_epochs, "lr": stage3_lr_scale * learning_rate},
-    ]
+    rows = [("0 AR pre-training", "AR model", stage0_epochs, stage0_lr_scale),
+            ("1 attention adaptation", "attention", stage1_epochs, stage1_lr_scale),
+            ("2 diffusion", "everything", stage2_epochs, stage2_lr_scale),
+            ("3 recovery", "everything", stage3_epochs, stage3_lr_scale)]
+    stages = [{"name": name, "trains": trains, "epochs": epochs, "lr": scale * learning_rate}
+              for name, trains, epochs, scale in rows]
     per_step, limit = batch_size * gradient_accumulation_steps, max_steps
     if debug:
         limit = min(max_steps or 20, 20)
@@ -882,7 +884,7 @@ def make_stages(n_windows):
     if not total:
         raise UserError("stage1_epochs, stage2_epochs, stage3_epochs: nothing to train, all are 0")
     for stage in stages:
-        number, epoch = stage["name"][0], n_windows
+        number, epoch_windows = stage["name"][0], n_windows
         stage |= {"diffusion": diffusion_loss_weight, "ar": 0.0, "distill": distill_weight,
                   "n_on_policy": 0}
         if number in lm_loss_stages and not use_lora:  # it would train no adapter
@@ -890,11 +892,12 @@ def make_stages(n_windows):
         if number == "0":
             stage |= {"diffusion": 0.0, "ar": 1.0, "distill": 0.0}
         if on_policy_tokens and stage["diffusion"]:
-            most = per_step - 1 if on_policy_share < 1 else per_step  # some of the data, too
+            most = per_step - 1 if on_policy_share < 1 else per_step  # the data keeps one window
             stage["n_on_policy"] = min(max(1, round(on_policy_share * per_step)), most)
-        if stage["n_on_policy"] == per_step:  # not written yet: 3/4 of a window will be
-            epoch = min(n_windows, math.ceil(on_policy_tokens / (0.75 * max_seq_length)))
-        stage["steps"] = math.ceil(stage["epochs"] * epoch / per_step)
+        if stage["n_on_policy"] == per_step:  # 3/4 of each window will be the model's own text
+            own_windows = math.ceil(on_policy_tokens / (0.75 * max_seq_length))
+            epoch_windows = min(n_windows, own_windows)
+        stage["steps"] = math.ceil(stage["epochs"] * epoch_windows / per_step)
         if limit:  # rounded at the ends, so that the stages add up to it
             first, last = (round(limit * x / total) for x in (done, done + stage["epochs"]))
             stage["steps"] = last - first
@@ -905,16 +908,16 @@ def make_stages(n_windows):
 
 def freeze(model, trains):
     """Let a stage train its part of the model and nothing else; returns those parameters."""
-    part = dict.fromkeys(model.lm.parameters())  # a set that keeps its order
-    if trains == "attention":
-        part = dict.fromkeys(p for _, m in attention_modules(model.lm) for p in m.parameters())
+    part = list(model.lm.parameters())
+    if trains == "attention":  # each once, in order
+        attention = [p for _, m in attention_modules(model.lm) for p in m.parameters()]
+        part = list(dict.fromkeys(attention))
     if model.adapters:
         adapters = set(model.adapter_state().values())
         part = [p for p in part if p in adapters]
     if not part:
         raise UserError(f"a stage would train nothing: architecture '{model.lm.config.model_type}' "
                         "has no module named ...Attention, or no adapters in it")
-    part = list(part)
     if trains != "AR model":
         part += model.diffusion_state().values()
     model.requires_grad_(False)  # what was trained before as well
@@ -937,7 +940,7 @@ def make_optimizer(params, use_8bit):
 
 
 def set_up_training(model, stage, state, saved):
-    """{"optimizer", "scaler"} of a stage, as they were saved if they were."""
+    """The optimizer and gradient scaler of a stage, in the state that was saved, if any."""
     kind = model.device.type
     optimizer = make_optimizer(freeze(model, stage["trains"]), state["adam_8bit"])
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16" and kind != "cpu")
@@ -948,7 +951,7 @@ def set_up_training(model, stage, state, saved):
 
 
 def lr_factor(step, steps, warmup, schedule):
-    """Share of the peak rate at a step of a stage: linear warm-up, then decay to zero."""
+    """Share of the peak rate at a step of a stage: linear warm-up, then the schedule."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     u = (step - warmup) / max(1, steps - warmup)
@@ -1000,14 +1003,14 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
         noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
         row = evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch)
         with autocast:
-            texts, *_ = generate(model, [prompt], 32, 32)
+            texts, _ = generate(model, [prompt], 32, 32)
         return row | {"sample": tokenizer.decode(texts[0])}
 
     model.eval()
     with eagerly():
         row = with_less_memory(work, state, model)
     model.train()
-    if state["total"] <= log["pretraining_steps"]:  # without masks still the untouched model
+    if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
         state["ar_ppl_before"] = row["ar_ppl"]
     row = row | {"ar_ppl_before": state["ar_ppl_before"]}
     log_row(row, "eval_nelbo {eval_nelbo:.4f}  eval_bpb {eval_bpb:.3f}  ar_ppl {ar_ppl:.3f} "
@@ -1020,10 +1023,10 @@ def train_step(model, training, autocast, stage, x0, state):
     """One optimizer step on x0 (N, T): (loss, gradient norm, learning rate). If loss or norm is not
     finite, no weight changes."""
     where = seed, state["stage"], state["step"]
-    t, noise = sample_noise(*x0.shape, num_timesteps, seed_for("noise", *where), block_size,
-                            full_mask_share)
-    weights = stage["diffusion"], stage["ar"], stage["n_on_policy"]
-    batch = loss_weights(x0, t, noise, model, *weights)  # of the whole batch, on the CPU
+    t, noise = sample_noise(*x0.shape, model.num_timesteps, seed_for("noise", *where),
+                            model.block_size, full_mask_share)
+    batch = loss_weights(x0, t, noise, model, stage["diffusion"], stage["ar"],
+                         stage["n_on_policy"])  # of all windows at once, on the CPU
 
     def forward_backward(micro_batch):
         model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory, too
@@ -1090,7 +1093,7 @@ def main(argv):
     on_policy = None
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
-        if not stage["steps"]:  # what was saved in a stage that is gone is not for the next
+        if not stage["steps"]:  # skipped; an optimizer saved in it would not fit the next stage
             state["stage"], state["step"], saved = state["stage"] + 1, 0, None
             continue
         if stage["n_on_policy"] and on_policy is None:
@@ -1108,7 +1111,7 @@ def main(argv):
             # ----------------------------------------------------------------------------------
             start = time.perf_counter()
             n_data = batch_size * gradient_accumulation_steps - stage["n_on_policy"]
-            parts = [(on_policy, stage["n_on_policy"]), (train_data, n_data)]  # in this order
+            parts = [(on_policy, stage["n_on_policy"]), (train_data, n_data)]  # on-policy first
             where = seed, state["stage"], state["step"]
             x0 = torch.cat([get_batch(data, n, *where) for data, n in parts if n])  # (N, T)
             loss, norm, lr = train_step(model, training, autocast, stage, x0, state)
@@ -1125,8 +1128,9 @@ def main(argv):
                 save(out, name, model, tokenizer, state, log, training)
             if stop:
                 log["bar"].close()
-                again = ["python", *sys.argv] + ([] if resume else ["--resume"])
-                print(f"stopped; continue with: {shlex.join(again)}")
+                once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
+                again = [arg for arg in sys.argv if not arg.startswith(once)]
+                print(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
                 sys.exit(128 + stop[0])
         state["stage"], state["step"] = state["stage"] + 1, 0
     log["bar"].close()
@@ -1250,8 +1254,11 @@ def with_less_memory(work, state, model, training=None, halve=True):
             checkpoint_layers(model)
         elif ladder and not state["adam_8bit"]:
             state["adam_8bit"], change = True, "a new optimizer, 8-bit Adam,"
-            params = [p for group in training["optimizer"].param_groups for p in group["params"]]
+            groups = training["optimizer"].param_groups
+            params = [p for group in groups for p in group["params"]]
             training["optimizer"] = make_optimizer(params, True)
+            for new, old in zip(training["optimizer"].param_groups, groups, strict=True):
+                new["lr"] = old["lr"]
         elif halve and state["micro_batch"] > 1:
             state["micro_batch"] //= 2
             change = f"{state['micro_batch']} windows at a time, of the same batch,"
@@ -1364,9 +1371,9 @@ def log_step(loss, norm, lr, seconds, stage, state, log, device):
         state["losses"].append(loss)
         state["skipped_in_a_row"] = 0
     else:
-        norm = math.nan
         state["skipped_in_a_row"] += 1
         tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {norm}")
+        norm = math.nan
         if debug or state["skipped_in_a_row"] == 10:
             raise RunError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a "
                            "lower learning_rate, or dtype bfloat16 or float32")

@@ -3,7 +3,7 @@
   python sample.py                                        # the newest run under outputs/
   python sample.py --prompt="The capital of France" --steps=16 --watch
   python sample.py --prompt="The [MASK:12] of France is Paris."   # fills a hole, not in blocks
-  python sample.py --threshold=0.9                        # in each pass all tokens so probable
+  python sample.py --threshold=0.9                        # in each pass all tokens that probable
   python sample.py --verify --compare                     # a block model drafts, its AR mode checks
   python sample.py --prompts=questions.txt --chat --json  # one prompt a line; - is standard input
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
@@ -47,7 +47,7 @@ stop_at_eos = True  # a text ends at the tokenizer's end of text
 # unmasking
 steps = 32  # passes that set tokens; a block model adds one a block
 order = "confidence"  # what is set first: confidence | entropy | margin | random | left_to_right
-threshold = 0.0  # instead of steps: set all tokens so probable, at least one in each pass
+threshold = 0.0  # instead of steps: set all tokens at least this probable, or the best one
 remask = 0  # how many unsure tokens of a text (blocks: of each block) may be masked again
 temperature = 0.0  # 0: the most likely token
 top_k = 0  # with a temperature: only among the k most likely; 0: all
@@ -78,13 +78,13 @@ allowed = {
 # --------------------------------------------------------------------------------------------------
 # Verified decoding: self-speculation with draft and check in one forward pass (TiDAR,
 # https://arxiv.org/abs/2511.08923), accepted by https://arxiv.org/abs/2211.17192
-@functools.lru_cache(64)  # a prompt has two of them, passed over and over
+@functools.lru_cache(64)  # a prompt needs only two of them, over and over
 def draft_layout(n_candidates, drafts, branches, device):
     """What a pass runs on, relative to its first candidate: (meta (3, 1, L), inputs (L,)).
 
-    First the candidates, clean, each checked by the state before it. Then, for each place where
-    acceptance may stop, a noisy block behind the last accepted candidate: its rows are the next
-    drafts. inputs: the index of a candidate, or -1 for a mask.
+    First the candidates (the last token and its drafts), clean, each checked by the state before.
+    Then, for each place where acceptance may stop, a noisy block behind the last accepted one: its
+    rows are the next drafts. inputs: the index of a candidate, or -1 for a mask.
     """
     meta = [(i, 0, i + 1) for i in range(n_candidates)]
     n_branches = 0
@@ -301,10 +301,9 @@ def decode_all(model, encoded, sampling, end, generator, watcher):
         accepted = sum(r[3] for r in results) / max(1, sum(r[2] for r in results))
         figures["acceptance"] = round(accepted, 4)
     else:
-        masks = 0 if model.block_size else 1  # a block model adds its own
-        masked = [ids + [model.mask_id] * masks * extra for ids, _, extra in encoded]
-        more = max_new_tokens if model.block_size else 0
-        rows, forwards, _ = generate(
+        more = max_new_tokens if model.block_size else 0  # a block model adds its own masks
+        masked = [ids + [model.mask_id] * (0 if more else extra) for ids, _, extra in encoded]
+        rows, forwards = generate(
             model, masked, more, steps, end, watcher, sampling=sampling, order=order,
             threshold=threshold, remask=remask, generator=generator)
         new = [row[len(ids):] for row, (ids, _, _) in zip(rows, encoded, strict=True)]
