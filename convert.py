@@ -899,8 +899,8 @@ def make_stages(n_windows):
             epoch_windows = min(n_windows, own_windows)
         stage["steps"] = math.ceil(stage["epochs"] * epoch_windows / per_step)
         if limit:  # rounded at the ends, so that the stages add up to it
-            first, last = (round(limit * x / total) for x in (done, done + stage["epochs"]))
-            stage["steps"] = last - first
+            ends = [round(limit * x / total) for x in (done, done + stage["epochs"])]
+            stage["steps"] = ends[1] - ends[0]
         stage["warmup"] = min(warmup_steps, stage["steps"] // 5)
         done += stage["epochs"]
     return stages
@@ -1124,8 +1124,7 @@ def main(argv):
             log_step(loss, norm, lr, seconds, stage, state, log, device)
             last = state["step"] == stage["steps"]
             if last or stop or save_steps and state["total"] % save_steps == 0:
-                name = f"checkpoint_{state['total']}"
-                save(out, name, model, tokenizer, state, log, training)
+                save(out, f"checkpoint_{state['total']}", model, tokenizer, state, log, training)
             if stop:
                 log["bar"].close()
                 once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
