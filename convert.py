@@ -1715,7 +1715,9 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     report = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32",
               "near_duplicates_left_out": 0, "held_out_share_in_training": 0.0}
     if corpus["chat"]:
-        report["dtype"], encode = "int32", functools.partial(encode_chat, tokenizer, length=length)
+        report["dtype"] = "int32"
+        encode = errors_as("dataset_name: the tokenizer's chat template cannot write it")(
+            functools.partial(encode_chat, tokenizer, length=length))
     else:
         encode = make_encoder(tokenizer, [text[:20000] for text in corpus["train"][:20] if text])
     one_text = corpus["chat"] or corpus["lines"] > 1 or tokenizer.eos_token_id is None
@@ -1762,8 +1764,7 @@ def load_data(tokenizer):
     key = json.dumps([2, vocabulary, tokenizer.eos_token_id, template, corpus["key"], split])
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
-        with errors_as("dataset_name: this tokenizer cannot encode it"):
-            tokenise(folder, corpus, tokenizer, **split)
+        tokenise(folder, corpus, tokenizer, **split)
     with errors_as(f"cache_dir: {folder} is damaged, delete it"):
         report = json.loads((folder / "report.json").read_text())
         shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}

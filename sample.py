@@ -263,9 +263,10 @@ def read_prompts():
         text.encode()  # what is no text at all is a ValueError too
     except (OSError, ValueError) as error:
         raise UserError(f"prompts: '{prompts}' cannot be read: {first_line(error)}") from None
-    if not text.strip("\n"):
+    lines = text.removesuffix("\n").split("\n")
+    if lines == [""]:
         raise UserError(f"prompts: '{prompts}' is empty")
-    return text.removesuffix("\n").split("\n")
+    return lines
 
 
 def check_flags(model, n_prompts):
