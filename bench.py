@@ -494,7 +494,7 @@ def tracked_step(model, passes):
     half = convert.dtype == "bfloat16" or convert.dtype == "float16" and device_type() != "cpu"
     convert.record_function = tracker.part
     try:
-        with tracker:
+        with torch.autograd.set_detect_anomaly(False), tracker:  # it would read values
             for inputs in passes:
                 with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
                     loss = model.loss(**inputs)

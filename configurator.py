@@ -63,7 +63,7 @@ def from_flag(name, text, settings):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # of the wrong type, as check_value() then says
 
 
@@ -72,7 +72,7 @@ def from_file(path, settings):
     before = {k: settings[k] for k in setting_names(settings)} | {"__file__": path}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
-    except Exception as error:  # it is the user's code, and may raise anything
+    except (Exception, SystemExit) as error:  # it is the user's code, and may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
     return {k: v for k, v in scope.items()

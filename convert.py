@@ -625,13 +625,6 @@ def causal_switches(lm):
 
 # ----------------------------------------------------------------------------------------------
 # The probe: no table of families. What attention does is measured on the model at hand.
-def check_length(model, length):
-    """UserError if windows are longer than the model has positions."""
-    if length > model.max_positions:
-        raise UserError(f"max_seq_length: {length}, but the model has {model.max_positions} "
-                        "positions")
-
-
 @torch.no_grad()
 def probe(model, max_seq_length):
     """How far position 0's hidden state moves, relative to the largest, if the last token changes:
@@ -946,7 +939,8 @@ def set_up_training(model, stage, state, saved):
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16" and kind != "cpu")
     training = {"optimizer": optimizer, "scaler": scaler}
     for name in saved or ():
-        training[name].load_state_dict(saved[name])
+        with errors_as("checkpoint: its optimizer was made with other settings"):
+            training[name].load_state_dict(saved[name])
     return training
 
 
@@ -1195,6 +1189,13 @@ def set_up_device():
     return found, autocast, limit_gb
 
 
+def check_length(model, length):
+    """UserError if windows are longer than the model has positions."""
+    if length > model.max_positions:
+        raise UserError(f"max_seq_length: {length}, but the model has {model.max_positions} "
+                        "positions")
+
+
 def checkpoint_layers(model):
     """Switch on gradient checkpointing, or print that the architecture has none."""
     if model.lm.supports_gradient_checkpointing:
@@ -1277,7 +1278,7 @@ def stop_on_signal():
         if stop:
             sys.exit(128 + number)
         stop.append(number)
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+        os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -1321,10 +1322,16 @@ def open_log(out, state, stages, limit_gb):
         raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
     for leftover in (*out.glob(".checkpoint_*.tmp"), *out.glob(".final.tmp")):  # of a killed save
         shutil.rmtree(leftover)
-    for text in Path(checkpoint).parent.glob("on_policy*.bin") if checkpoint else ():
-        if not (out / text.name).exists():  # a run that branches off trains on the same
-            shutil.copy(text, out)
-    if not state["total"] and file.tell():  # of a run that saved no checkpoint
+    before, now = read_record(checkpoint)["settings"] if checkpoint else {}, current_settings()
+    shape = "max_seq_length", "on_policy_tokens", "dataset_name", "text_column", "seed"
+    if checkpoint and all(before.get(name) == now[name] for name in shape):
+        for text in Path(checkpoint).parent.glob("on_policy*.bin"):
+            if not (out / text.name).exists():  # a run that branches off trains on the same text
+                shutil.copy(text, out)
+    if not resume and not checkpoint:  # of an earlier run that saved no checkpoint
+        for leftover in out.glob("on_policy*"):
+            leftover.rename(out / f"old_{time.time_ns()}_{leftover.name}")
+    if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
     file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
     steps = sum(stage["steps"] for stage in stages)
@@ -1499,9 +1506,9 @@ def find_checkpoint(out):
         if resume:
             print(f"resume: no checkpoint in {out}, so from the start")
         return state, None
-    if here and source.name != newest_first[0].name:
-        raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
     record, settings = read_record(source), current_settings()
+    if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
+        raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
     for name in ("use_8bit_adam", "dtype"):
         if record["settings"].get(name) != settings[name]:
             raise UserError(f"{name}: the optimizer in {source} was made with another; keep that, "
@@ -2031,6 +2038,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json=""):
     complete, ours = not ours, ours or saved
     weights_dtype = base_dtype(ours.get("lora"), device.type)
     lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
+    if saved and saved.get("lora") and not ours.get("lora"):
+        raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
     for file, wanted in our_tensors(model).items() if saved else ():
