@@ -427,7 +427,7 @@ def measure_sampling():
     ours, speed = found["sample"][-1], {}
     for kind, rows in found.items():
         if rows[0]:  # None: cannot verify
-            speed[kind], noise = spread(rows, "tokens_per_s")
+            speed[kind] = spread(rows, "tokens_per_s")[0]
     row = {"device": ours["device"], "sample_tokens_per_s": speed["sample"],
            "sample_spread": spread(found["sample"], "tokens_per_s")[1],
            "forwards_per_token": ours["forwards_per_token"],

@@ -2036,10 +2036,10 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json=""):
     if not ours or (path / "diffusion.json").is_file() and not config_json:
         saved = read_record(path)["model"]
     complete, ours = not ours, ours or saved
-    weights_dtype = base_dtype(ours.get("lora"), device.type)
-    lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
     if saved and saved.get("lora") and not ours.get("lora"):
         raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
+    weights_dtype = base_dtype(ours.get("lora"), device.type)
+    lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
     for file, wanted in our_tensors(model).items() if saved else ():
