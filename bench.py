@@ -6,7 +6,6 @@
   python bench.py config/phi2.py config/shapes/phi2.py --estimate --device=cuda --max_memory_gb=45
   python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256
   python bench.py config/tiny.py --profile=trace.json   # the ten most expensive operators
-  python bench.py --plot=log.jsonl                      # draw the rows that --json=log.jsonl added
 
 Every setting of convert.py works here too. The last line on stdout is JSON, for a sweep a list.
 """
@@ -27,7 +26,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,6 @@ threshold = 0.0  # same as in sample.py
 repeats = 3  # timed samplings
 # output
 json = ""  # add the row to this file
-plot = ""  # draw the rows of such a file to bench.png, and do nothing else
 
 allowed = convert.allowed | {
     "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
@@ -306,7 +304,8 @@ def make_passes(model, chosen, n, step, micro_batch):
     x0 = torch.zeros(shape, dtype=torch.long)
     batch = convert.loss_weights(x0, t, noise, model, chosen["diffusion"], chosen["ar"])
     parts = zip(*(x.split(micro_batch) for x in batch), strict=True)
-    return [convert.forward_passes(*part, model, chosen["distill"]) for part in parts]
+    distill = chosen["distill"]
+    return [list(convert.forward_passes(part, micro_batch, model, distill)) for part in parts]
 
 
 def step_flops(model, passes):
@@ -674,7 +673,7 @@ def parse_sweep(settings):
             values[name].append(item)
     for name, found in values.items():
         now = check_value(name, settings.get(name), settings, None, "sweep")  # that there is one
-        if name in ("sweep", "json", "plot", "profile", "estimate", "random_weights"):
+        if name in ("sweep", "json", "profile", "estimate", "random_weights"):
             raise UserError(f"sweep: {name} cannot vary")
         found = [from_flag(name, text, settings) for text in found]
         if not found and isinstance(now, bool):
@@ -757,10 +756,6 @@ def main(argv):
     settings = all_settings()
     config_files = configure(settings, argv, allowed)
     use(settings)
-    if plot:
-        with errors_as(f"plot: '{plot}' is no log of bench.py"):
-            rows = [loads(line) for line in Path(plot).read_text().splitlines()]
-            return draw(rows, [row["name"] for row in rows])
     check_settings()
     name = " + ".join(Path(file).stem for file in config_files) or convert.model_name
     versions = {"torch": torch.__version__, "transformers": transformers.__version__,

@@ -43,7 +43,7 @@ def check_value(name, value, settings, rule, where):
         raise UserError(f"{where}: {no_such_setting(name, settings)}")
     kind = type(settings[name])
     whole = type(value) is float and value.is_integer()  # 1e3
-    if kind is float and type(value) is int or kind is int and whole:
+    if kind is int and whole or kind is float and type(value) is int and abs(value) < 2**53:
         value = kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
@@ -49,7 +50,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 
-from configurator import UserError, configure, did_you_mean, print_help, setting_names
+from configurator import UserError, check_value, configure, did_you_mean, print_help, setting_names
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -259,39 +260,41 @@ def loss_weights(x0, t, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0):
     return x0, xt, t, diffusion_w, ar_w
 
 
-def forward_passes(x0, xt, t, diffusion_w, ar_w, model, distill=0.0):
-    """The model calls for a (micro-)batch of loss_weights(), as arguments of model.loss().
+def forward_passes(batch, micro_batch, model, distill=0.0):
+    """The model calls for a batch of loss_weights(), micro_batch windows at a time, as arguments of
+    model.loss().
 
     Token i is always predicted from the hidden state at i - 1, as in the AR model ("logit shift").
     distill: weight of the KL to the AR prediction, relative to the diffusion loss; blocks only.
     """
-    T = x0.shape[1]
-    noisy = diffusion_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
-    clean = ar_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
+    for x0, xt, t, diffusion_w, ar_w in zip(*(x.split(micro_batch) for x in batch), strict=True):
+        T = x0.shape[1]
+        noisy = diffusion_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
+        clean = ar_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
+        if model.block_size and len(noisy[0]):  # one pass over [clean copy | noisy copy]
+            both = (predictions(x0, noisy, diffusion_w, 2 * T, offset=T),
+                    predictions(x0, clean, ar_w, 2 * T))
+            inputs = {name: torch.cat([part[name] for part in both]) for name in both[0]}
+            if distill:  # the clean copy predicts the same tokens
+                teachers = predictions(x0, noisy, distill * diffusion_w, 2 * T)
+                inputs |= {"teacher_rows": teachers["rows"], "kl_weights": teachers["weights"]}
+            ids, t = torch.cat([x0, xt], 1), torch.cat([0 * t, t], 1)
+            yield {"attention": "blocks", "ids": ids, "t": t, **inputs}
+            continue
+        if len(noisy[0]):
+            attention = "bidirectional" if model.bidirectional else "causal"
+            inputs = predictions(x0, noisy, diffusion_w, T)
+            yield {"attention": attention, "ids": xt, "t": t, **inputs}
+        if len(clean[0]):
+            inputs = predictions(x0, clean, ar_w, T)
+            yield {"attention": "causal", "ids": x0, "t": 0 * t, **inputs}  # t is for masks
 
-    def predictions(tokens, weights, row_length, offset=0):
-        b, i = tokens
-        rows = b * row_length + offset + i - 1  # of the flattened hidden states, (B * length, C)
-        return {"rows": rows, "targets": x0[b, i], "weights": weights[b, i].float()}
 
-    if model.block_size and len(noisy[0]):  # one pass over [clean copy | noisy copy]
-        both = predictions(noisy, diffusion_w, 2 * T, offset=T), predictions(clean, ar_w, 2 * T)
-        inputs = {name: torch.cat([part[name] for part in both]) for name in both[0]}
-        if distill:  # the clean copy predicts the same tokens
-            teachers = predictions(noisy, distill * diffusion_w, 2 * T)
-            inputs |= {"teacher_rows": teachers["rows"], "kl_weights": teachers["weights"]}
-        ids, t = torch.cat([x0, xt], 1), torch.cat([0 * t, t], 1)
-        return [{"attention": "blocks", "ids": ids, "t": t, **inputs}]
-
-    passes = []
-    if len(noisy[0]):
-        attention = "bidirectional" if model.bidirectional else "causal"
-        inputs = predictions(noisy, diffusion_w, T)
-        passes.append({"attention": attention, "ids": xt, "t": t, **inputs})
-    if len(clean[0]):
-        inputs = predictions(clean, ar_w, T)
-        passes.append({"attention": "causal", "ids": x0, "t": 0 * t, **inputs})  # t is for masks
-    return passes
+def predictions(x0, tokens, weights, row_length, offset=0):
+    """Which rows of the flattened hidden states (B * row_length, C) predict tokens (b, i)."""
+    b, i = tokens
+    rows = b * row_length + offset + i - 1
+    return {"rows": rows, "targets": x0[b, i], "weights": weights[b, i].float()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -691,7 +694,8 @@ def logits_to_probs(logits, temperature=0.0, top_k=0, top_p=1.0):
     k most likely, top_p the fewest that hold this share (https://arxiv.org/abs/1904.09751)."""
     if not temperature:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # at most 0: no overflow
+    logits = logits - logits.max(-1, keepdim=True).values  # at most 0: no overflow
+    logits = logits / max(temperature, 1e-6)
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -938,7 +942,7 @@ def set_up_training(model, stage, state, saved):
     optimizer = make_optimizer(freeze(model, stage["trains"]), state["adam_8bit"])
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16" and kind != "cpu")
     training = {"optimizer": optimizer, "scaler": scaler}
-    for name in saved or ():
+    for name in training if saved else ():
         with errors_as("checkpoint: its optimizer was made with other settings"):
             training[name].load_state_dict(saved[name])
     return training
@@ -963,10 +967,9 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
 
     def mean_loss(diffusion, ar):
         batch, losses = loss_weights(x0, t, noise, model, diffusion, ar), []
-        for i in range(0, len(x0), micro_batch):
-            for inputs in forward_passes(*(x[i:i + micro_batch] for x in batch), model):
-                with autocast:
-                    losses.append(model.loss(**inputs))
+        for inputs in forward_passes(batch, micro_batch, model):
+            with autocast:
+                losses.append(model.loss(**inputs))
         return float(sum(losses))
 
     nelbo, ar_loss = mean_loss(1.0, 0.0), mean_loss(0.0, 1.0)  # nats per token
@@ -1026,14 +1029,12 @@ def train_step(model, training, autocast, stage, x0, state):
         model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory, too
         torch.manual_seed(seed_for("dropout", *where))
         total = torch.zeros((), device=model.device)  # summed there: nothing waits in here
-        for i in range(0, len(x0), micro_batch):
-            part = [x[i:i + micro_batch] for x in batch]
-            for inputs in forward_passes(*part, model, stage["distill"]):
-                with autocast:
-                    loss = model.loss(**inputs)
-                with record_function("backward"):  # before the next pass switches attention
-                    training["scaler"].scale(loss).backward()
-                total += loss.detach()
+        for inputs in forward_passes(batch, micro_batch, model, stage["distill"]):
+            with autocast:
+                loss = model.loss(**inputs)
+            with record_function("backward"):  # before the next pass switches attention
+                training["scaler"].scale(loss).backward()
+            total += loss.detach()
         return total
 
     loss = with_less_memory(forward_backward, state, model, training)
@@ -1083,20 +1084,23 @@ def main(argv):
     # the run
     log = open_log(out, state, stages, limit_gb)
     stop = stop_on_signal()
-    saved = checkpoint_dir and torch.load(checkpoint_dir / "training.pt", map_location="cpu")
-    on_policy = None
+    saved, own_text = None, {}  # windows that the model itself wrote, for training and held out
+    if checkpoint_dir:
+        with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
+            saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
+            own_text = {name: x.numpy() for name, x in saved["own_text"].items()
+                        if x.shape[1] == max_seq_length}
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
         if not stage["steps"]:  # skipped; an optimizer saved in it would not fit the next stage
             state["stage"], state["step"], saved = state["stage"] + 1, 0, None
             continue
-        if stage["n_on_policy"] and on_policy is None:
-            began = state["total"] > log["pretraining_steps"]
-            on_policy = on_policy_windows(model, tokenizer, train_data, on_policy_tokens,
-                                          out / "on_policy.bin", stop, began)
+        if stage["n_on_policy"] and not own_text:
+            write = functools.partial(on_policy_windows, model, tokenizer, out=out, stop=stop)
+            own_text = {"train": write(train_data, on_policy_tokens)}
             if on_policy_share == 1:  # nothing is learned from the data: nothing is measured on it
-                val_data = on_policy_windows(model, tokenizer, val_data, 0,
-                                             out / "on_policy_val.bin", stop, began)
+                own_text["held"] = write(val_data, 0)
+        val_data = own_text.get("held", val_data)
         training, saved = set_up_training(model, stage, state, saved), None
         while state["step"] < stage["steps"]:
             if state["step"] == 0 or state["total"] % eval_steps == 0:
@@ -1105,7 +1109,7 @@ def main(argv):
             # ----------------------------------------------------------------------------------
             start = time.perf_counter()
             n_data = batch_size * gradient_accumulation_steps - stage["n_on_policy"]
-            parts = [(on_policy, stage["n_on_policy"]), (train_data, n_data)]  # on-policy first
+            parts = [(own_text.get("train"), stage["n_on_policy"]), (train_data, n_data)]
             where = seed, state["stage"], state["step"]
             x0 = torch.cat([get_batch(data, n, *where) for data, n in parts if n])  # (N, T)
             loss, norm, lr = train_step(model, training, autocast, stage, x0, state)
@@ -1118,13 +1122,10 @@ def main(argv):
             log_step(loss, norm, lr, seconds, stage, state, log, device)
             last = state["step"] == stage["steps"]
             if last or stop or save_steps and state["total"] % save_steps == 0:
-                save(out, f"checkpoint_{state['total']}", model, tokenizer, state, log, training)
+                save(out, f"checkpoint_{state['total']}", model, tokenizer, state, log, training,
+                     own_text)
             if stop:
-                log["bar"].close()
-                once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
-                again = [arg for arg in sys.argv if not arg.startswith(once)]
-                print(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
-                sys.exit(128 + stop[0])
+                leave(stop)
         state["stage"], state["step"] = state["stage"] + 1, 0
     log["bar"].close()
     evaluate_and_log(model, tokenizer, val_data, autocast, stages[-1], state, log)
@@ -1285,6 +1286,14 @@ def stop_on_signal():
     return stop
 
 
+def leave(stop):
+    """End the process after a signal, and print how to continue."""
+    once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
+    again = [arg for arg in sys.argv if not arg.startswith(once)]
+    tqdm.write(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
+    sys.exit(128 + stop[0])
+
+
 # ----------------------------------------------------------------------------------------------
 # What is printed and logged
 def print_plan(model, stages, probe_report, train_data, val_data, data_report):
@@ -1322,15 +1331,6 @@ def open_log(out, state, stages, limit_gb):
         raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
     for leftover in (*out.glob(".checkpoint_*.tmp"), *out.glob(".final.tmp")):  # of a killed save
         shutil.rmtree(leftover)
-    before, now = read_record(checkpoint)["settings"] if checkpoint else {}, current_settings()
-    shape = "max_seq_length", "on_policy_tokens", "dataset_name", "text_column", "seed"
-    if checkpoint and all(before.get(name) == now[name] for name in shape):
-        for text in Path(checkpoint).parent.glob("on_policy*.bin"):
-            if not (out / text.name).exists():  # a run that branches off trains on the same text
-                shutil.copy(text, out)
-    if not resume and not checkpoint:  # of an earlier run that saved no checkpoint
-        for leftover in out.glob("on_policy*"):
-            leftover.rename(out / f"old_{time.time_ns()}_{leftover.name}")
     if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
     file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
@@ -1431,41 +1431,47 @@ def save_folder(path, model, tokenizer, record, training=None):
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        with model.original_model() as lm:
-            lm.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for file, tensors in our_tensors(model).items():
-            (temporary / file).parent.mkdir(exist_ok=True)
-            tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
-            save_file(tensors, temporary / file, {"format": "pt"})
-        if model.adapters:
-            model.lora_config.save_pretrained(temporary / "adapter")
-        (temporary / "diffusion.json").write_text(json.dumps(record, indent=1))
-        if training:
-            torch.save(training, temporary / "training.pt")
-        (temporary / "SHA256SUMS").write_text("\n".join(sorted(checksums(temporary))) + "\n")
-        for p in (*temporary.rglob("*"), temporary, path.parent):
-            handle = os.open(p, os.O_RDONLY)
-            os.fsync(handle)  # on the disk before it gets its name
-            os.close(handle)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:  # tokenizers raises no other type when the disk is full
+        with errors_as(f"cannot save {path} (earlier ones are intact)", RunError):
+            write_folder(temporary, model, tokenizer, record, training)
+            for p in (*temporary.rglob("*"), temporary, path.parent):
+                handle = os.open(p, os.O_RDONLY)
+                os.fsync(handle)  # on the disk before it gets its name
+                os.close(handle)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot save {path} (is the disk full?): {first_line(error)}; earlier ones "
-                       "are intact") from None
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def save(out, name, model, tokenizer, state, log, training=None):
+def write_folder(folder, model, tokenizer, record, training):
+    """Write the files of save_folder()."""
+    folder.mkdir(parents=True)
+    with model.original_model() as lm:
+        lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file, tensors in our_tensors(model).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if model.adapters:
+        model.lora_config.save_pretrained(folder / "adapter")
+    (folder / "diffusion.json").write_text(json.dumps(record, indent=1))
+    if training:
+        torch.save(training, folder / "training.pt")
+    (folder / "SHA256SUMS").write_text("\n".join(sorted(checksums(folder))) + "\n")
+
+
+def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
     """Save a checkpoint, or final/ without training {"optimizer", "scaler"}; remove old ones."""
     state["log_bytes"] = log["file"].tell()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     record = {"model": model_settings(), "max_seq_length": max_seq_length, "state": state,
               "settings": current_settings(), "versions": versions}
-    training = training and {name: part.state_dict() for name, part in training.items()}
+    if training:
+        training = {name: part.state_dict() for name, part in training.items()}
+        training["own_text"] = {name: torch.from_numpy(x) for name, x in own_text.items()}
     save_folder(out / name, model, tokenizer, record, training)
     for old in checkpoints(out)[keep_checkpoints:]:
         shutil.rmtree(old)
@@ -1486,6 +1492,8 @@ def find_checkpoint(out):
              "micro_batch": batch_size, "checkpointing": use_gradient_checkpointing,
              "adam_8bit": use_8bit_adam, "ar_ppl_before": None, "log_bytes": 0, "wandb_id": ""}
     finished, newest_first = (out / "final").exists(), checkpoints(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out_dir: '{out}' is a file")
     if resume and not checkpoint and finished:
         print(f"this run is finished: {out}/final; --out_dir=... starts another")
         sys.exit(0)
@@ -1642,31 +1650,33 @@ def make_encoder(tokenizer, sample):
     def slow(text):
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    if not tokenizer.is_fast:
-        return slow
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    bpe, before = backend["model"], backend["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    bpe, split = backend.get("model", {}), backend.get("pre_tokenizer") or {}
+    steps = split.get("pretokenizers", [split])
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    byte_level = bpe["type"] == "BPE" and steps[-1].get("type") == "ByteLevel"
+    byte_level = bpe.get("type") == "BPE" and steps[-1].get("type") == "ByteLevel"
     if not byte_level or backend["normalizer"] or not set(byte_of) <= set(bpe["vocab"]):
         return slow  # tiktoken panics at a byte that the vocabulary lacks
+    patterns = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", {})]
+    if steps[-1].get("use_regex", True):  # GPT-2's
+        patterns = [r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"]
     import tiktoken
     merged = [a + b for a, b in bpe["merges"]]
     tokens = [x for x in dict.fromkeys((*byte_of, *merged)) if x in bpe["vocab"]]  # by rank
     ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
     id_of = np.array([bpe["vocab"][token] for token in tokens])
     added = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
-    patterns = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", {})]
-    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    sample = [*sample, "x  12 3\t\n\n 34.5 \u00e9t\u00e9 \u65e5\U0001f642's I'LL don't\r\n (a) _b "]
-    for pattern in (*patterns, gpt2, r"[\s\S]+"):
-        bpe = tiktoken.Encoding("same", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    fast_bpe = tiktoken.Encoding("same", pat_str=(patterns or [r"[\s\S]+"])[0],
+                                 mergeable_ranks=ranks, special_tokens={})
 
-        def fast(text, encode=bpe.encode_to_numpy):
-            return slow(text) if added.search(text) else id_of[encode(text, disallowed_special=())]
-        if all(np.array_equal(fast(text), slow(text)) for text in sample):
-            return fast
+    def fast(text):
+        if added.search(text):
+            return slow(text)
+        return id_of[fast_bpe.encode_to_numpy(text, disallowed_special=())]
+
+    odd = "x  12 3\t\n\n 34.5 \u00e9t\u00e9 \u65e5\U0001f642's I'LL don't\r\n (a) _b "
+    if all(np.array_equal(fast(text), slow(text)) for text in (*sample, odd)):
+        return fast
     print("tokenizer: tiktoken would give other ids, so the tokenizer itself is used; it is slower")
     return slow
 
@@ -1731,8 +1741,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
     end = [] if one_text else [tokenizer.eos_token_id]
     documents = split_corpus(corpus, length, split_seed, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         limits = {"held": held_windows, "train": max_windows}
         for (name, limit), texts in zip(limits.items(), documents, strict=True):
             left, texts = limit * length, filter(None, texts)
@@ -1740,7 +1750,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
                     total=left, desc=name, unit_scale=True, disable=None, leave=False) as bar):
                 while left and (batch := list(itertools.islice(texts, 64))):
                     ids = np.concatenate([x for text in batch for x in (encode(text), end)])[:left]
-                    ids.astype(report["dtype"]).tofile(file)
+                    with errors_as(f"cache_dir: cannot write {file.name}", RunError):
+                        ids.astype(report["dtype"]).tofile(file)
                     left -= len(ids)
                     bar.update(len(ids))
             report[name] = limit - math.ceil(left / length)
@@ -1794,9 +1805,9 @@ def get_batch(windows, size, seed, stage, step):
     return torch.from_numpy(windows[rows].astype(np.int64))
 
 
-def ar_continue(lm, windows, eos, max_positions, stop):
+def ar_continue(lm, windows, eos, max_positions):
     """windows (n, T) with what lm writes, greedily, after each prompt: what is asked in a chat, or
-    the first quarter. Prompts and padding become context, ~id. Breaks off if stop is not empty."""
+    the first quarter. Prompts and padding become context, ~id."""
     T, device = windows.shape[1], lm.get_input_embeddings().weight.device
     ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()  # of turns as well
     ends = {eos, *ends} - {None}
@@ -1806,14 +1817,11 @@ def ar_continue(lm, windows, eos, max_positions, stop):
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
     attended = torch.tensor([[0] * (P - n) + [1] * n for n in lengths], device=device)
 
-    def stopped(ids, scores):
-        return torch.full(ids.shape[:1], bool(stop), device=device)
-
     with torch.no_grad():
         out = lm.generate(
-            ids, attention_mask=attended, do_sample=False, stopping_criteria=[stopped],
-            max_new_tokens=min(T - min(lengths), max_positions - P), repetition_penalty=1.0,
-            no_repeat_ngram_size=0, eos_token_id=sorted(ends) or None, pad_token_id=eos or 0)
+            ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
+            no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
+            eos_token_id=sorted(ends) or None, pad_token_id=eos or 0)
     new = np.full(windows.shape, ~(eos or 0), np.int32)
     for row, prompt, text in zip(new, prompts, out[:, P:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
@@ -1822,43 +1830,40 @@ def ar_continue(lm, windows, eos, max_positions, stop):
     return new
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, path, stop, began=False):
-    """Windows (n, T) of about `tokens` tokens (0: all) that the AR model writes after prompts from
-    windows: kept at path, memory-mapped, continued where they were stopped. began: whether the run
-    has trained on them; then UserError if they are gone, as the model would now write others."""
-    T, part, state = windows.shape[1], path.with_suffix(".part"), {"micro_batch": 32}
-    if not path.exists():
-        if began and not use_lora:
-            raise UserError(f"on_policy_tokens: {path} is gone, which this run trains on, and the "
-                            "model would now write other text; --out_dir=... starts anew")
-        model.eval()
-        with (open(part, "ab") as file, model.original_model() as lm, eagerly(),
-              pick_autocast(model.device, dtype), tqdm(
-                  total=tokens or None, desc="on-policy text", unit="tok",
-                  mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
-            file.truncate(file.tell() // (128 * T) * 128 * T)  # whole batches of 32 windows
-            done = np.fromfile(part, np.int32).reshape(-1, T)
-            n_tokens, at = int((done >= 0).sum()), len(done)
-            bar.update(n_tokens)
-            while (n_tokens < tokens or not tokens) and at < len(windows):
-                def work(n, at=at):
-                    return ar_continue(lm, windows[at:at + n].astype(np.int64),
-                                       tokenizer.eos_token_id, model.max_positions, stop)
+def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
+    """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
+    prompts from windows. They are also kept in out, to be continued there after a kill."""
+    T, state = windows.shape[1], {"micro_batch": 32}
+    key = model_name, zlib.crc32(windows), model.mask_embedding.tolist()
+    path = out / f"on_policy_{seed_for(*key):x}.bin"
+    model.eval()
+    with (open(path, "ab") as file, model.original_model() as lm, eagerly(),
+          pick_autocast(model.device, dtype), tqdm(
+              total=tokens or None, desc="on-policy text", unit="tok",
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
+        file.truncate(file.tell() // (128 * T) * 128 * T)  # whole batches of 32 windows
+        done = np.fromfile(path, np.int32).reshape(-1, T)
+        bar.update(int((done >= 0).sum()))
+        while (bar.n < tokens or not tokens) and len(done) < len(windows):
+            batch = windows[len(done):len(done) + 32].astype(np.int64)
 
-                new = with_less_memory(work, state, model)
-                if stop:  # in the middle of a batch, which is written again
-                    sys.exit(128 + stop[0])
+            def work(n, batch=batch):
+                parts = [ar_continue(lm, batch[i:i + n], tokenizer.eos_token_id,
+                                     model.max_positions) for i in range(0, len(batch), n)]
+                return np.concatenate(parts)
+
+            new = with_less_memory(work, state, model)
+            with errors_as(f"out_dir: cannot write {path}", RunError):
                 new.tofile(file)
-                file.flush()
-                at += len(new)
-                n_tokens += int((new >= 0).sum())
-                bar.update(n_tokens - bar.n)
-        if n_tokens < tokens:
-            print(f"on_policy_tokens: {n_tokens:,} tokens, as there are no more prompts")
-        model.train()
-        os.replace(part, path)
-    with errors_as(f"on_policy_tokens: {path} is damaged, delete it"):
-        return np.memmap(path, np.int32, "r").reshape(-1, T)
+            done = np.concatenate([done, new])
+            bar.update(int((new >= 0).sum()))
+            if stop:
+                leave(stop)
+        n_tokens = bar.n
+    if n_tokens < tokens:
+        print(f"on_policy_tokens: {n_tokens:,} tokens, as there are no more prompts")
+    model.train()
+    return done
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1881,8 +1886,9 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def errors_as(prefix):
-    """At the border to libraries: whatever they raise becomes a UserError that starts with prefix.
+def errors_as(prefix, kind=UserError):
+    """At the border to libraries: whatever they raise becomes a UserError that starts with prefix,
+    or a RunError.
 
     The broad except is on purpose: broken files and odd models raise dozens of types. --debug
     shows them.
@@ -1902,7 +1908,7 @@ def errors_as(prefix):
         advice = ""
         if re.search(r"gated|private repo|\b40[13]\b", str(error)):
             advice = " (accept its licence on its hub page, then hf auth login)"
-        raise UserError(f"{prefix}: {first_line(error)}{advice}") from None
+        raise kind(f"{prefix}: {first_line(error)}{advice}") from None
 
 
 def run(main, scope=None):
@@ -2060,9 +2066,13 @@ def read_record(folder):
     """diffusion.json of a folder that save_folder() wrote."""
     with errors_as(f"'{folder}' holds no diffusion model"):
         record = json.loads((Path(folder) / "diffusion.json").read_text())
-        for key in ("model", "max_seq_length", "settings", "state", "versions"):
+        model = record["model"]
+        for key in ("settings", "state", "versions"):
             record[key]  # all that is needed is there
-        if not record["model"].pop("logit_shift", True):  # of an older version
+        for name in ("num_timesteps", "noise_schedule", "use_time_embedding", "block_size"):
+            check_value(name, model[name], globals(), allowed.get(name), folder)
+        check_value("max_seq_length", record["max_seq_length"], globals(), (2, 10**6), folder)
+        if not model.pop("logit_shift", True):  # of an older version
             raise ValueError("logit_shift=False is no longer supported")
         return record
 
