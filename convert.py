@@ -291,7 +291,8 @@ def forward_passes(batch, micro_batch, model, distill=0.0):
 
 
 def predictions(x0, tokens, weights, row_length, offset=0):
-    """Which rows of the flattened hidden states (B * row_length, C) predict tokens (b, i)."""
+    """Tokens (b, i) as targets with their weights, and the rows of the flattened hidden states,
+    (B * row_length, C), that predict them."""
     b, i = tokens
     rows = b * row_length + offset + i - 1
     return {"rows": rows, "targets": x0[b, i], "weights": weights[b, i].float()}

@@ -19,22 +19,8 @@ import torch
 
 from configurator import UserError, configure
 from convert import (
-    checkpoints,
-    clean_meta,
-    crop_cache,
-    encode_prompt,
-    errors_as,
-    first_line,
-    generate,
-    load_model,
-    logits_to_probs,
-    new_cache,
-    pick_autocast,
-    pick_device,
-    read_record,
-    run,
-    sample_token,
-)
+    checkpoints, clean_meta, crop_cache, encode_prompt, errors_as, first_line, generate, load_model,
+    logits_to_probs, new_cache, pick_autocast, pick_device, read_record, run, sample_token)
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -73,6 +59,7 @@ allowed = {
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
 }
+HOLE = r"\[MASK:(\d{1,6})\]"  # in a prompt: so many masks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,17 +211,19 @@ def write_trace(path, frames, tokenizer, mask_id):
 
 
 def encode(model, tokenizer, text):
-    """(ids of a prompt with masks in its holes, the holes as slices, how many masks follow)."""
+    """(ids of a prompt with the masks in it and behind it, where these are: slices)."""
     if chat:
         if not tokenizer.chat_template:
             raise UserError("chat: this tokenizer has no chat template; take a chat model")
         with errors_as("chat: the chat template cannot write this"):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    parts = re.split(r"\[MASK:(\d{1,6})\]", text)
+    parts = re.split(HOLE, text)
     if len(parts) == 1:
         beyond = 2 * drafts + 2 if verify else 0  # where masks stand
-        return encode_prompt(model, tokenizer, text, max_new_tokens + beyond), [], max_new_tokens
+        ids = encode_prompt(model, tokenizer, text, max_new_tokens + beyond)
+        hole = slice(len(ids), len(ids) + max_new_tokens)
+        return ids + [model.mask_id] * max_new_tokens, [hole]
     if model.block_size:
         raise UserError("prompt: a block model writes left to right and cannot fill [MASK:...]; a "
                         "whole-sequence one can")
@@ -248,7 +237,7 @@ def encode(model, tokenizer, text):
         ids += [model.mask_id] * int(part)
     if len(ids) > model.max_positions:
         raise UserError(f"prompt: {len(ids)} tokens, the model has {model.max_positions} positions")
-    return ids, holes, 0
+    return ids, holes
 
 
 def read_prompts():
@@ -286,62 +275,65 @@ def check_flags(model, n_prompts):
 
 
 def decode_all(model, encoded, sampling, end, generator, watcher):
-    """Generate for all prompts, timed: (new ids of each, all ids of each, figures)."""
+    """Generate for all prompts, timed: (the ids of each text, figures)."""
+    before = [ids[:holes[0].start] for ids, holes in encoded]
+
     def decode(drafts):
         return [decode_verified(model, ids, max_new_tokens, drafts, branches, sampling, end,
-                                generator) for ids, *_ in encoded]
+                                generator) for ids in before]
 
     if compare:
         for n in (drafts, 0):  # so that both are timed warm
-            decode_verified(model, encoded[0][0], min(8, max_new_tokens), n, branches, sampling)
+            decode_verified(model, before[0], min(8, max_new_tokens), n, branches, sampling)
     start, figures = time.perf_counter(), {}
     if verify:
-        results = decode(drafts)
-        new, forwards = [r[0] for r in results], sum(r[1] for r in results)
-        rows = [[]] * len(results)
-        accepted = sum(r[3] for r in results) / max(1, sum(r[2] for r in results))
-        figures["acceptance"] = round(accepted, 4)
+        new, passes, drafted, accepted = zip(*decode(drafts), strict=True)
+        rows = [ids + text for ids, text in zip(before, new, strict=True)]
+        forwards = passes_of_texts = sum(passes)
+        figures["acceptance"] = round(sum(accepted) / max(1, sum(drafted)), 4)
     else:
-        more = max_new_tokens if model.block_size else 0  # a block model adds its own masks
-        masked = [ids + [model.mask_id] * (0 if more else extra) for ids, _, extra in encoded]
+        prompts, more = [ids for ids, _ in encoded], 0
+        if model.block_size:  # it adds the masks block by block
+            prompts, more = before, max_new_tokens
         rows, forwards = generate(
-            model, masked, more, steps, end, watcher, sampling=sampling, order=order,
+            model, prompts, more, steps, end, watcher, sampling=sampling, order=order,
             threshold=threshold, remask=remask, generator=generator)
-        new = [row[len(ids):] for row, (ids, _, _) in zip(rows, encoded, strict=True)]
+        passes_of_texts = forwards * len(encoded)  # one pass runs on all texts
     seconds = time.perf_counter() - start
+    n_tokens = sum(len(row[hole]) for row, (_, holes) in zip(rows, encoded, strict=True)
+                   for hole in holes)
+    figures = {"tokens_per_s": round(n_tokens / seconds, 1),
+               "tokens_per_forward": round(n_tokens / max(1, passes_of_texts), 3),
+               "forwards": forwards, "seconds": round(seconds, 3)} | figures
     if compare:
         start = time.perf_counter()
-        plain = [r[0] for r in decode(0)]
-        n_plain = sum(map(len, plain))
-        figures["ar_tokens_per_s"] = round(n_plain / (time.perf_counter() - start), 1)
+        plain = [result[0] for result in decode(0)]
+        seconds = time.perf_counter() - start
+        figures["ar_tokens_per_s"] = round(sum(map(len, plain)) / seconds, 1)
         if not temperature:  # else both are random
             figures["equal"] = sum(a == b for a, b in zip(plain, new, strict=True))
-    in_holes = [hole.stop - hole.start for _, holes, _ in encoded for hole in holes]
-    n_tokens = sum(map(len, new)) or sum(in_holes)
-    passes = max(1, forwards if verify else forwards * len(new))  # one pass runs on all texts
-    return new, rows, {"forwards": forwards, "seconds": round(seconds, 3)} | figures | {
-        "tokens_per_forward": round(n_tokens / passes, 3),
-        "tokens_per_s": round(n_tokens / seconds, 1)}
+    return rows, figures
 
 
-def print_sample(tokenizer, text, ids, holes, new, row, end, figures):
+def print_sample(tokenizer, text, ids, holes, row, end, figures):
     """Print one sample, as text or as JSON."""
-    if holes:
-        parts = [row[hole] for hole in holes]
-        token_ids, filled = sum(parts, []), iter([tokenizer.decode(part) for part in parts])
-        written = re.sub(r"\[MASK:\d{1,6}\]", lambda _: next(filled), text)
-    else:
-        token_ids = new[:new.index(end)] if end in new else new
-        written = text_after(tokenizer, token_ids, ids)
+    parts = [row[hole] for hole in holes]
+    token_ids, filled = sum(parts, []), iter(parts)
+    written, n_holes = re.subn(HOLE, lambda _: tokenizer.decode(next(filled)), text)
+    if not n_holes:
+        if end in token_ids:
+            token_ids = token_ids[:token_ids.index(end)]
+        written = text_after(tokenizer, token_ids, ids[:holes[0].start])
     if json:
         print(dumps({"prompt": text, "text": written, "token_ids": token_ids,
                      "tokens": len(token_ids)} | figures))
     else:
-        print(f"{'' if holes or chat else text}{written}\n")
+        print(f"{'' if n_holes or chat else text}{written}\n")
 
 
-def print_notes(model, folder, longest, trained):
+def print_notes(model, folder, longest):
     """Print what may surprise, on stderr."""
+    trained = read_record(folder)["max_seq_length"]
     notes = {
         f"this run is not finished, {folder} is its newest checkpoint":
             not checkpoint and not (folder.parent / "final").exists(),
@@ -364,17 +356,15 @@ def main(argv):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
     texts, target = read_prompts(), pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
-    trained = read_record(folder)["max_seq_length"]
     model, tokenizer = load_model(folder, target)
     model.to(target).eval()
     check_flags(model, len(texts))
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
     encoded = [encode(model, tokenizer, text) for text in texts for _ in range(num_samples)]
-    longest = max(len(ids) + extra for ids, _, extra in encoded)
-    print_notes(model, folder, longest, trained)
+    print_notes(model, folder, max(len(ids) for ids, _ in encoded))
 
-    frames = [(encoded[0][0] + [model.mask_id] * encoded[0][2], [])]  # before the first pass
+    frames = [(encoded[0][0], [])]  # before the first pass
 
     def show(ids, confidence):
         frames.append((ids[0].tolist(), confidence[0].tolist()))
@@ -386,26 +376,17 @@ def main(argv):
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator(target).manual_seed(seed)
     with pick_autocast(target, dtype):
-        new, rows, figures = decode_all(model, encoded, sampling, end, generator,
-                                        show if watch or trace else None)
+        rows, figures = decode_all(model, encoded, sampling, end, generator,
+                                   show if watch or trace else None)
     if watch:
         print("\x1b[H\x1b[J", end="")
     if trace:
         write_trace(trace, frames, tokenizer, model.mask_id)
-    for i, (ids, holes, _) in enumerate(encoded):
-        text = texts[i // num_samples]
-        print_sample(tokenizer, text, ids, holes, new[i], rows[i], end, figures)
-    if json:
-        return
-    line = [f"{folder}, {target}: {figures['tokens_per_s']} tokens/s",
-            f"{figures['tokens_per_forward']} tokens per forward"]
-    if verify:
-        line.append(f"{figures['acceptance']:.0%} of the drafts accepted")
-    if compare:
-        line.append(f"plain AR {figures['ar_tokens_per_s']} tokens/s")
-    if "equal" in figures:
-        line.append(f"{figures['equal']} of {len(new)} texts the same")
-    print(", ".join(line))
+    for i, (ids, holes) in enumerate(encoded):
+        print_sample(tokenizer, texts[i // num_samples], ids, holes, rows[i], end, figures)
+    if not json:
+        figures = ", ".join(f"{name} {value}" for name, value in figures.items())
+        print(f"{len(encoded)} texts from {folder} on {target}: {figures}")
 
 
 if __name__ == "__main__":
