@@ -1846,12 +1846,9 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         done = np.fromfile(path, np.int32).reshape(-1, T)
         bar.update(int((done >= 0).sum()))
         while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            batch = windows[len(done):len(done) + 32].astype(np.int64)
-
-            def work(n, batch=batch):
-                parts = [ar_continue(lm, batch[i:i + n], tokenizer.eos_token_id,
-                                     model.max_positions) for i in range(0, len(batch), n)]
-                return np.concatenate(parts)
+            def work(n, at=len(done)):
+                return ar_continue(lm, windows[at:at + n].astype(np.int64),
+                                   tokenizer.eos_token_id, model.max_positions)
 
             new = with_less_memory(work, state, model)
             with errors_as(f"out_dir: cannot write {path}", RunError):
@@ -1860,9 +1857,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
             bar.update(int((new >= 0).sum()))
             if stop:
                 leave(stop)
-        n_tokens = bar.n
-    if n_tokens < tokens:
-        print(f"on_policy_tokens: {n_tokens:,} tokens, as there are no more prompts")
+    if bar.n < tokens:
+        print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
     model.train()
     return done
 
@@ -2067,13 +2063,13 @@ def read_record(folder):
     """diffusion.json of a folder that save_folder() wrote."""
     with errors_as(f"'{folder}' holds no diffusion model"):
         record = json.loads((Path(folder) / "diffusion.json").read_text())
-        model = record["model"]
-        for key in ("settings", "state", "versions"):
+        for key in ("model", "max_seq_length", "settings", "state", "versions"):
             record[key]  # all that is needed is there
-        for name in ("num_timesteps", "noise_schedule", "use_time_embedding", "block_size"):
-            check_value(name, model[name], globals(), allowed.get(name), folder)
-        check_value("max_seq_length", record["max_seq_length"], globals(), (2, 10**6), folder)
-        if not model.pop("logit_shift", True):  # of an older version
+        values = record["model"] | {"max_seq_length": record["max_seq_length"]}
+        for name in ("num_timesteps", "noise_schedule", "use_time_embedding", "block_size",
+                     "max_seq_length"):
+            check_value(name, values[name], globals(), allowed.get(name), folder)
+        if not record["model"].pop("logit_shift", True):  # of an older version
             raise ValueError("logit_shift=False is no longer supported")
         return record
 

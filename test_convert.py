@@ -1015,7 +1015,7 @@ WRONG_SAMPLES = {  # of a block model: flags, a word of the error
     "--prompts=nowhere": "nowhere", "--chat": "chat template", "--verify --trace=x": "trace",
     "--trace=no/t.html --max_new_tokens=4": "no/t.html", "--prompts=empty.txt": "empty.txt",
     "--prompt=\udcff": "UTF-8", "--out_dir=edited": "alphas", "--out_dir=lacking": "max_seq_length",
-    "--out_dir=older": "logit_shift",
+    "--out_dir=older": "logit_shift", "--out_dir=negative": "block_size",
 }
 BLOCKS = {"num_timesteps": 10, "noise_schedule": "linear", "use_time_embedding": True,
           "bidirectional": True, "block_size": 4}
@@ -1034,6 +1034,7 @@ def test_what_sample_cannot_do_is_one_line_and_exit_2(sample_main, flags):
     save_small("edited/final", RECORD | {"model": BLOCKS | {"alphas": 1}})
     save_small("lacking/final", {"model": BLOCKS})
     save_small("older/final", RECORD | {"model": BLOCKS | {"logit_shift": False}})
+    save_small("negative/final", RECORD | {"model": BLOCKS | {"block_size": -3}})
     Path("empty.txt").touch()
 
     result = sample_main("--out_dir=out", *re.split(" (?=--)", flags))
