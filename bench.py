@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from json import dumps
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -444,26 +445,30 @@ def measure_sampling():
 # --------------------------------------------------------------------------------------------------
 # Memory of a step, counted on fake tensors, which have a shape but no content
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors made within, by purpose, for as long as they live."""
+    """Counts the bytes of a model and of all tensors made within, by purpose, while they live."""
 
     def __init__(self, model):
         super().__init__()
-        self.purpose, self.live, self.peak = "activations", Counter(), Counter()
-        weights = *model.parameters(), *model.buffers()
-        self.known = {x.untyped_storage()._cdata: None for x in weights}
-        self.weights = sum(x.numel() * x.element_size() for x in weights)
+        self.live, self.peak = Counter(), Counter()
+        self.known = {}  # [purpose, bytes] of each storage
+        self.purpose = "weights"
+        self.count([*model.parameters(), *model.buffers()])
+        self.purpose = "activations"
         for p in model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self.is_gradient)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
+    def count(self, tensors):
+        for x in tensors:
+            storage = x.untyped_storage()
+            if storage._cdata not in self.known:
                 self.known[storage._cdata] = [self.purpose, storage.nbytes()]
                 self.live[self.purpose] += storage.nbytes()
                 weakref.finalize(storage, self.remove, storage._cdata)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.count(x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
         return out
@@ -480,33 +485,29 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def part(self, name):
-        before, self.purpose = self.purpose, "head" if name == "head" else "activations"
-        try:
-            yield
-        finally:
-            self.purpose = before
+        self.purpose = "head" if name == "head" else "activations"
+        yield
+        self.purpose = "activations"
 
 
 def tracked_step(model, passes):
     """Bytes by purpose at the peak of forward and backward."""
-    tracker, usual = MemoryTracker(model), convert.record_function
+    tracker = MemoryTracker(model)
     half = convert.dtype == "bfloat16" or convert.dtype == "float16" and device_type() != "cpu"
-    convert.record_function = tracker.part
-    try:
-        with torch.autograd.set_detect_anomaly(False), tracker:  # it would read values
-            for inputs in passes:
-                with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
-                    loss = model.loss(**inputs)
-                loss.backward()
-    finally:
-        convert.record_function = usual
-    return {"weights": tracker.weights, "gradients": 0, "activations": 0, "head": 0} | tracker.peak
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
+    with patch.object(convert, "record_function", tracker.part), tracker, \
+            torch.autograd.set_detect_anomaly(False):  # it would read values
+        for inputs in passes:
+            with autocast:
+                loss = model.loss(**inputs)
+            loss.backward()
+    return dict.fromkeys(["weights", "gradients", "activations", "head"], 0) | tracker.peak
 
 
 def device_type():
     """The kind of device asked for; "cuda" even where there is none, to see what it would take."""
-    auto = convert.device == "auto"
-    return convert.pick_device("auto").type if auto else convert.device.partition(":")[0]
+    kind = convert.device.partition(":")[0]
+    return convert.pick_device(kind).type if kind == "auto" else kind
 
 
 def fake_model(config):
@@ -521,14 +522,6 @@ def fake_model(config):
     with mode:
         model.to_empty(device="cpu")
         lm.tie_weights()
-    model.head_floats = 2**28 if device_type() == "cpu" else 2**26  # as in set_up_model()
-    if convert.use_gradient_checkpointing:
-        convert.checkpoint_layers(model)
-    for m in model.modules() if device_type() == "cuda" else ():  # fused kernels keep no dropout
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-        elif isinstance(vars(m).get("attention_dropout"), float):
-            m.attention_dropout = 0.0
     return mode, model
 
 
@@ -539,24 +532,29 @@ estimates = {}
 def estimate_memory(config, changes, process_gb):
     """{purpose: GB} at the peak of a step with changed settings, and the total; on a CPU with what
     the process takes anyway. UserError for an architecture whose step depends on its data."""
-    before = all_settings()
-    use(changes)
-    try:
-        key = repr((config, process_gb, convert.current_settings() | {"max_memory_gb": 0}))
+    with patch.multiple(convert, **changes, max_memory_gb=0.0):  # a limit makes no difference
+        key = repr((config, process_gb, convert.current_settings()))
         if key not in estimates:
             with errors_as(f"model_name: architecture '{config.model_type}' cannot be estimated"):
                 estimates[key] = estimate_step(config, process_gb)
         return estimates[key]
-    finally:
-        use(before)
 
 
 def estimate_step(config, process_gb):
     """estimate_memory() with the settings as they are, for the losses of all stages together."""
+    on_cpu = device_type() == "cpu"
+    mode, model = fake_model(config)
+    model.head_floats = 2**28 if on_cpu else 2**26  # as in set_up_model()
+    if convert.use_gradient_checkpointing:
+        convert.checkpoint_layers(model)
+    for m in model.modules() if device_type() == "cuda" else ():  # fused kernels keep no dropout
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+        elif isinstance(vars(m).get("attention_dropout"), float):
+            m.attention_dropout = 0.0
+    params = convert.freeze(model, "everything")
     stages = convert.make_stages(1)
     chosen = {loss: max(s[loss] for s in stages) for loss in ("diffusion", "ar", "distill")}
-    mode, model = fake_model(config)
-    params = convert.freeze(model, "everything")
     n, passes = convert.batch_size * convert.gradient_accumulation_steps, []
     for step in range(20):  # the micro-batch with most to predict
         passes += make_passes(model, chosen, n, step, convert.batch_size)
@@ -569,7 +567,7 @@ def estimate_step(config, process_gb):
         eight = convert.use_8bit_adam and p.numel() >= 4096
         parts["optimizer"] += 2 * p.numel() + p.numel() // 32 if eight else 8 * p.numel()
     parts = {purpose: n / 1e9 for purpose, n in parts.items()}
-    parts["process"] = process_gb if device_type() == "cpu" else 0.0
+    parts["process"] = process_gb if on_cpu else 0.0
     return parts | {"total": sum(parts.values())}
 
 
