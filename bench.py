@@ -11,12 +11,14 @@ Every setting of convert.py works here too. The last line on stdout is JSON, for
 """
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -78,8 +80,7 @@ def all_settings():
 def use(settings):
     """Give settings of convert.py and of this file new values."""
     for scope in (vars(convert), globals()):
-        names = setting_names(scope)
-        scope.update({name: value for name, value in settings.items() if name in names})
+        scope.update({name: settings[name] for name in setting_names(scope) if name in settings})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,19 +91,16 @@ def build(for_training=True):
     device = convert.pick_device(convert.device)
     autocast = convert.pick_autocast(device, convert.dtype, cache=not for_training)
     convert.limit_memory(device, convert.max_memory_gb)
-    name, tokenizer_name = convert.model_name, convert.tokenizer_name
-    config_json, ours = convert.model_config, convert.model_settings()
-    if random_weights:
-        config_json = config_json or convert.load_config(name).to_json_string(use_diff=False)
-        tokenizer_name = "bytes"
+    name, config_json, ours = convert.model_name, convert.model_config, convert.model_settings()
     if not for_training and not config_json and (Path(name) / "diffusion.json").is_file():
         ours = None  # a converted model knows its own
     torch.manual_seed(convert.seed)
-    model, tokenizer = convert.load_model(name, device, ours, tokenizer_name, config_json)
+    model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json)
     convert.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
 
 
+@functools.cache  # in a process of its own
 def our_training():
     """The training step of convert.py."""
     device, autocast, model, _ = build()
@@ -113,32 +111,44 @@ def our_training():
     convert.set_up_model(model, state["checkpointing"])
     chosen = convert.make_stages(1)[stage] | {"steps": 10**6, "warmup": 0, "n_on_policy": 0}
     training = convert.set_up_training(model, chosen, state, None)
-    n = convert.batch_size * convert.gradient_accumulation_steps
     data = np.random.default_rng(0).integers(0, model.mask_id, (1000, convert.max_seq_length))
 
     def step():
-        with convert.record_function("data"):
-            x0 = convert.get_batch(data, n, convert.seed, stage, state["step"])
-        convert.train_step(model, training, autocast, chosen, x0, state)
         state["step"] += 1
-        synchronize(device)
+        return time_step(model, training, autocast, chosen, data, state)
 
     def work(what):
-        if what == "profile":
-            return profile_step(step, device)
-        if what == "rates":
-            [passes] = make_passes(model, chosen, n, 0, n)
-            return {"flops": step_flops(model, passes), "peak": matmul_tflops(device, autocast)}
-        start, parts = time.perf_counter(), {}
         if what == "parts":
-            parts = time_parts(step, device)
-        else:
-            step()
-        return {"seconds": time.perf_counter() - start, "parts": parts, "device": name_of(device),
-                "peak_memory_gb": memory_gb(device)[0], "micro_batch": state["micro_batch"]}
+            return time_parts(step, device)
+        if what == "profile":
+            with torch.profiler.profile() as profiler:
+                step()
+            profiler.export_chrome_trace(profile)
+            column = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+            table = profiler.key_averages().table(column, 10, max_name_column_width=60)
+            return print(table, flush=True)
+        if what == "totals":
+            passes = sum(make_passes(model, chosen, 0), [])
+            return {"peak_memory_gb": memory_gb(device)[0], "micro_batch": state["micro_batch"],
+                    "device": name_of(device), "flops": step_flops(model, passes),
+                    "gemm_peak_tflops": matmul_tflops(device, autocast)}
+        return step()
     return work
 
 
+def time_step(model, training, autocast, chosen, data, state):
+    """The seconds of one step of a stage of convert.py, on windows of data."""
+    start = now(model.device)
+    n = convert.batch_size * convert.gradient_accumulation_steps
+    with convert.record_function("data"):
+        x0 = convert.get_batch(data, n, convert.seed, state["stage"], state["step"])
+        text = x0[:chosen["n_on_policy"], x0.shape[1] // 4:]
+        text.copy_(torch.maximum(text, ~text))  # what the model writes is scored
+    convert.train_step(model, training, autocast, chosen, x0, state)
+    return now(model.device) - start
+
+
+@functools.cache
 def plain_training():
     """What people would write: all logits, a dense mask, torch's AdamW, whole sequences."""
     use({"use_lora": False, "block_size": 0})
@@ -150,7 +160,9 @@ def plain_training():
     optimizer = torch.optim.AdamW(lm.parameters(), lr=convert.learning_rate)
 
     def work(what):
-        start = time.perf_counter()
+        if what == "totals":
+            return {"peak_memory_gb": memory_gb(device)[0]}
+        start = now(device)
         optimizer.zero_grad()
         for _ in range(convert.gradient_accumulation_steps):
             ids = data[torch.randint(len(data), (size,))].to(device)
@@ -165,11 +177,11 @@ def plain_training():
             loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
-        synchronize(device)
-        return {"seconds": time.perf_counter() - start, "peak_memory_gb": memory_gb(device)[0]}
+        return now(device) - start
     return work
 
 
+@functools.cache
 def our_sampling():
     """The sampler of convert.py, plain AR decoding, verified decoding, and LLaDA's plain loop."""
     device, autocast, model, tokenizer = build(for_training=False)
@@ -184,37 +196,38 @@ def our_sampling():
         raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has "
                         f"{model.max_positions}")
     block = min(model.block_size or new_tokens, new_tokens)
-    drafts = {"ar": 0, "verify": min(3, model.block_size - 1)}  # -1: none
+    n_blocks = math.ceil(new_tokens / block)
+    drafts = {"ar": 0, "verify": min(3, model.block_size - 1)}
 
     def generate(kind, text):  # (new ids, forward passes)
-        if kind == "plain":
-            ids = torch.tensor([text + [model.mask_id] * new_tokens], device=device)
-            return plain_unmasking(model, ids, sample_steps)[0, len(text):].tolist(), 0
+        if kind == "baseline_sample":
+            return plain_unmasking(model, text, new_tokens, sample_steps), sample_steps
         if kind in drafts:
             return sample.decode_verified(model, text, new_tokens, drafts[kind], 4, {})[:2]
         n, passes = new_tokens, sample_steps
-        if kind == "first block":
-            n, passes = block, max(1, round(sample_steps / math.ceil(new_tokens / block)))
+        if kind == "first_block":
+            n, passes = block, round(sample_steps / n_blocks)  # at least one, as generate() says
         [ids], forwards = convert.generate(model, [text], n, passes, threshold=threshold)
-        return ids[len(text):][:n], forwards
+        return ids[len(text):], forwards
 
     def work(kind):
-        if drafts.get(kind, 1) < 0:
-            return None  # only a block model can verify
-        start = time.perf_counter()
+        if kind == "verify" and not model.block_size:
+            return None
+        start = now(device)
         with autocast:
             out, forwards = zip(*(generate(kind, text) for text in texts), strict=True)
-        seconds, n = time.perf_counter() - start, sum(map(len, out))
+        seconds, n = now(device) - start, sum(map(len, out))
         return {"tokens_per_s": n / seconds, "forwards_per_token": sum(forwards) / n, "out": out,
-                "ms": 1000 * seconds / len(texts), "device": name_of(device)}
+                "device": name_of(device)}
     return work
 
 
 @torch.no_grad()
-def plain_unmasking(model, ids, passes):
-    """LLaDA's generate.py, retold: all logits in each pass, no cache; ids (1, T)."""
+def plain_unmasking(model, text, new_tokens, passes):
+    """LLaDA's generate.py, retold: all logits in each pass, no cache."""
+    ids = torch.tensor([text + [model.mask_id] * new_tokens], device=model.device)  # (1, T)
     model.set_causal(not model.bidirectional)
-    for left in range(passes, 0, -1):
+    for left in range(min(passes, new_tokens), 0, -1):
         masked = ids == model.mask_id
         logits = model(ids, model.t_for_mask_rate(masked.float().mean(1)))
         logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
@@ -223,14 +236,14 @@ def plain_unmasking(model, ids, passes):
         count = math.ceil(masked.sum().item() / left)
         transfer = torch.where(masked, prob, -math.inf).topk(count).indices
         ids = ids.scatter(1, transfer, tokens.gather(1, transfer))
-        if not (ids == model.mask_id).any():
-            return ids
+    return ids[0, len(text):].tolist()
 
 
-def synchronize(device):
-    """Wait for the device."""
+def now(device):
+    """The time in seconds, once the device has done all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def name_of(device):
@@ -238,75 +251,49 @@ def name_of(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    names = re.findall("model name\t: (.*)", info.read_text()) if info.exists() else []
     return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
 def time_parts(step, device):
-    """Seconds that step() spends in each part of convert's step, less those of parts inside it."""
-    seconds, names, last = Counter(), ["rest"], time.perf_counter()
-
-    def tick():
-        nonlocal last
-        synchronize(device)
-        now = time.perf_counter()
-        seconds[names[-1]] += now - last
-        last = now
+    """{part: seconds} of convert's step, "rest" being what is in none; step() gives its seconds."""
+    parts = Counter()
 
     @contextlib.contextmanager
-    def part(name):
-        tick()
-        names.append(name)
-        try:
-            yield
-        finally:
-            tick()
-            names.pop()
+    def timed(name):
+        start = now(device)
+        yield
+        parts[name] += now(device) - start
 
-    usual, convert.record_function = convert.record_function, part
-    step()
-    convert.record_function = usual
-    tick()
-    return seconds
-
-
-def profile_step(step, device):
-    """Write a trace of a step to the file `profile`, and print its most expensive operators."""
-    with torch.profiler.profile() as profiler:
-        step()
-    profiler.export_chrome_trace(profile)
-    column = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
-    print(profiler.key_averages().table(column, row_limit=10, max_name_column_width=60), flush=True)
+    with patch.object(convert, "record_function", timed):
+        seconds = step()
+    parts["rest"] = seconds - parts.total()
+    return parts
 
 
 def matmul_tflops(device, autocast):
     """The device's best rate in a matrix product in the step's dtype, measured, in TFLOPS."""
-    best, one = 0.0, torch.ones(1, 1, device=device)
-    with autocast:
-        dtype = (one @ one).dtype
+    best = 0.0
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
-        x = torch.randn(n, n, device=device, dtype=dtype)
+        x = torch.randn(n, n, device=device, dtype=autocast.fast_dtype)
         for _ in range(5):
-            synchronize(device)
-            start = time.perf_counter()
+            start = now(device)
             x @ x
-            synchronize(device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e12)
+            best = max(best, 2 * n**3 / (now(device) - start) / 1e12)
     return best
 
 
-def make_passes(model, chosen, n, step, micro_batch):
-    """[forward_passes() of a micro-batch] of n windows, with the noise of a step."""
-    shape = n, convert.max_seq_length
+def make_passes(model, chosen, step):
+    """[forward_passes() of a micro-batch] of a step, with its noise."""
+    size = convert.batch_size
     t, noise = convert.sample_noise(
-        *shape, convert.num_timesteps, convert.seed_for("noise", convert.seed, 2, step),
-        convert.block_size, convert.full_mask_share)
-    x0 = torch.zeros(shape, dtype=torch.long)
+        size * convert.gradient_accumulation_steps, convert.max_seq_length, convert.num_timesteps,
+        convert.seed_for("noise", convert.seed, 2, step), convert.block_size,
+        convert.full_mask_share)
+    x0 = torch.zeros(noise.shape, dtype=torch.long)
     batch = convert.loss_weights(x0, t, noise, model, chosen["diffusion"], chosen["ar"])
-    parts = zip(*(x.split(micro_batch) for x in batch), strict=True)
-    distill = chosen["distill"]
-    return [list(convert.forward_passes(part, micro_batch, model, distill)) for part in parts]
+    parts = zip(*(x.split(size) for x in batch), strict=True)
+    return [list(convert.forward_passes(part, size, model, chosen["distill"])) for part in parts]
 
 
 def step_flops(model, passes):
@@ -332,60 +319,53 @@ def step_flops(model, passes):
 
 # --------------------------------------------------------------------------------------------------
 # Processes, which take turns, and the rows of figures that they find
-def start_process():
+def start_process(settings):
     """In a new process: Ctrl-C ends it at once, and so does the end of the process that asks."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    use(settings)
 
 
-# in a process: the work that it does
-built = []
-
-
-def answer(prepare, settings, what):
-    """In a process: build at the first call, then do a piece of work."""
-    if not built:
-        use(settings)
-        built.append(prepare())
-    return built[0](what)
+def answer(prepare, what):
+    """In a process: a piece of the work that prepare() gives, which is built at the first call."""
+    return prepare()(what)
 
 
 def take_turns(prepares, turns):
     """{(prepare, what): answers}: each prepare() in a process of its own, one turn after the other.
     UserError as raised there; RunError if memory ran out."""
-    found, settings = defaultdict(list), all_settings()
-    spawn = multiprocessing.get_context("spawn")
+    found, spawn = defaultdict(list), multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack, errors_as("this cannot be measured"):
-        pools = {prepare: stack.enter_context(ProcessPoolExecutor(1, spawn, start_process))
-                 for prepare in prepares}
+        pools = {}
+        for prepare in prepares:
+            pool = ProcessPoolExecutor(1, spawn, start_process, (all_settings(),))
+            pools[prepare] = stack.enter_context(pool)
         for what, (prepare, pool) in itertools.product(turns, pools.items()):
             try:
-                row = pool.submit(answer, prepare, settings, what).result()
+                found[prepare, what].append(pool.submit(answer, prepare, what).result())
             except (RuntimeError, MemoryError) as error:
                 killed = isinstance(error, (BrokenExecutor, MemoryError))
                 if killed or convert.out_of_memory(error):
                     raise RunError("out of memory, or a process was killed") from None
                 raise
-            found[prepare, what].append(row)
     return found
 
 
-def spread(rows, key):
+def spread(values):
     """The median, and the distance between the quartiles as a share of it."""
-    values = [row[key] for row in rows]
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return middle, (high - low) / middle
 
 
 def measure_training():
     """A row of what a step costs, with a baseline beside plain Hugging Face code."""
     turns = ["step"] * burn_in + ["step", "parts"] * steps  # of both, or one had a quieter machine
-    turns += ["profile", "rates"] if profile else ["rates"]
+    turns += ["totals", "profile"] if profile else ["totals"]
     works = [our_training, plain_training] if baseline else [our_training]
     try:
         found = take_turns(works, turns)
-        if baseline and found[our_training, "parts"][-1]["micro_batch"] < convert.batch_size:
+        if baseline and found[our_training, "totals"][0]["micro_batch"] < convert.batch_size:
             raise RunError("out of memory")
     except RunError as error:
         if not baseline:
@@ -396,49 +376,45 @@ def measure_training():
             found |= take_turns(works[1:], turns)
         except RunError as error:
             print(f"baseline: {error}")
-    rows, plain = (found[work, "step"][burn_in:] for work in (our_training, plain_training))
-    [rates] = found[our_training, "rates"]
     tokens = convert.batch_size * convert.gradient_accumulation_steps * convert.max_seq_length
-    seconds, noise = spread(rows, "seconds")
-    parts = [row["parts"] for row in found[our_training, "parts"]]
-    parts_ms = {name: 1000 * statistics.median(p.get(name, 0) for p in parts)
-                for name in ("data", "forward", "head", "backward", "optimizer", "rest")}
-    row = {"device": rows[-1]["device"], "tokens_per_s": tokens / seconds,
-           "step_ms": 1000 * seconds, "spread": noise, "step_parts_ms": parts_ms,
-           "gemm_peak_tflops": rates["peak"],
-           "mfu": rates["flops"] and rates["flops"] / seconds / 1e12 / rates["peak"],
-           "peak_memory_gb": rows[-1]["peak_memory_gb"], "micro_batch": rows[-1]["micro_batch"]}
-    if plain:
-        theirs, noise = spread(plain, "seconds")
-        memory = plain[-1]["peak_memory_gb"]
-        row |= {"baseline_tokens_per_s": tokens / theirs, "baseline_step_ms": 1000 * theirs,
-                "baseline_spread": noise, "baseline_peak_memory_gb": memory,
-                "speedup": theirs / seconds, "memory_ratio": row["peak_memory_gb"] / memory}
+    row = {}
+    for work, prefix in ((our_training, ""), (plain_training, "baseline_")):
+        for figures in found[work, "totals"]:  # once, or not at all
+            seconds, noise = spread(found[work, "step"][burn_in:])
+            figures |= {"tokens_per_s": tokens / seconds, "step_ms": 1000 * seconds}
+            figures["spread"] = noise
+            row |= {prefix + name: value for name, value in figures.items()}
+    if "baseline_step_ms" in row:
+        row |= {"speedup": row["baseline_step_ms"] / row["step_ms"],
+                "memory_ratio": row["peak_memory_gb"] / row["baseline_peak_memory_gb"]}
+    flops, parts = row.pop("flops"), found[our_training, "parts"]
+    row["mfu"] = flops and flops / row["step_ms"] / 1e9 / row["gemm_peak_tflops"]
+    row["step_parts_ms"] = {name: 1000 * statistics.median(seconds[name] for seconds in parts)
+                            for name in parts[0]}
     return row
 
 
 def measure_sampling():
     """A row of what sampling costs, beside plain AR decoding, and with a baseline LLaDA's loop."""
-    kinds = ["first block", "sample", "ar", "verify"]
+    kinds = ["first_block", "sample", "ar", "verify"]
     if baseline:
-        kinds.append("plain")
+        kinds.append("baseline_sample")
     found = take_turns([our_sampling], kinds + kinds * repeats)
     found = {kind: found[our_sampling, kind][1:] for kind in kinds}  # the first of each is slower
-    ours, speed = found["sample"][-1], {}
-    for kind, rows in found.items():
-        if rows[0]:  # None: cannot verify
-            speed[kind] = spread(rows, "tokens_per_s")[0]
-    row = {"device": ours["device"], "sample_tokens_per_s": speed["sample"],
-           "sample_spread": spread(found["sample"], "tokens_per_s")[1],
-           "forwards_per_token": ours["forwards_per_token"],
-           "first_block_ms": spread(found["first block"], "ms")[0], "ar_tokens_per_s": speed["ar"]}
-    if "verify" in speed:
-        forwards = found["verify"][-1]["forwards_per_token"]
-        row |= {"verify_tokens_per_s": speed["verify"], "verify_forwards_per_token": forwards}
+    ours = found["sample"][-1]
+    row = {"device": ours["device"], "forwards_per_token": ours["forwards_per_token"]}
+    for kind, answers in found.items():
+        if answers[0]:  # None: cannot verify
+            speeds = [answer["tokens_per_s"] for answer in answers]
+            row[f"{kind}_tokens_per_s"], row[f"{kind}_spread"] = spread(speeds)
+    first_block = len(found["first_block"][0]["out"][0])  # tokens
+    row["first_block_ms"] = 1000 * first_block / row.pop("first_block_tokens_per_s")
+    if "verify_tokens_per_s" in row:
+        row["verify_forwards_per_token"] = found["verify"][-1]["forwards_per_token"]
     if baseline:
-        same = sum(a == b for a, b in zip(ours["out"], found["plain"][-1]["out"], strict=True))
-        row |= {"baseline_sample_tokens_per_s": speed["plain"],
-                "sample_speedup": speed["sample"] / speed["plain"], "same_text": same}
+        theirs = found["baseline_sample"][-1]["out"]
+        row["sample_speedup"] = row["sample_tokens_per_s"] / row["baseline_sample_tokens_per_s"]
+        row["same_text"] = sum(a == b for a, b in zip(ours["out"], theirs, strict=True))
     return row
 
 
@@ -458,20 +434,19 @@ class MemoryTracker(TorchDispatchMode):
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self.is_gradient)
 
-    def count(self, tensors):
-        for x in tensors:
-            storage = x.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known[storage._cdata] = [self.purpose, storage.nbytes()]
-                self.live[self.purpose] += storage.nbytes()
-                weakref.finalize(storage, self.remove, storage._cdata)
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         self.count(x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
         return out
+
+    def count(self, tensors):
+        for storage in [x.untyped_storage() for x in tensors]:
+            if storage._cdata not in self.known:
+                self.known[storage._cdata] = [self.purpose, storage.nbytes()]
+                self.live[self.purpose] += storage.nbytes()
+                weakref.finalize(storage, self.remove, storage._cdata)
 
     def remove(self, key):
         purpose, n = self.known.pop(key)
@@ -483,19 +458,17 @@ class MemoryTracker(TorchDispatchMode):
         self.live["gradients"] += entry[1]
         entry[0] = "gradients"
 
-    @contextlib.contextmanager
-    def part(self, name):
-        self.purpose = "head" if name == "head" else "activations"
-        yield
-        self.purpose = "activations"
-
 
 def tracked_step(model, passes):
     """Bytes by purpose at the peak of forward and backward."""
     tracker = MemoryTracker(model)
     half = convert.dtype == "bfloat16" or convert.dtype == "float16" and device_type() != "cpu"
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
-    with patch.object(convert, "record_function", tracker.part), tracker, \
+
+    def part(name):
+        return patch.object(tracker, "purpose", "head" if name == "head" else "activations")
+
+    with patch.object(convert, "record_function", part), tracker, \
             torch.autograd.set_detect_anomaly(False):  # it would read values
         for inputs in passes:
             with autocast:
@@ -508,21 +481,6 @@ def device_type():
     """The kind of device asked for; "cuda" even where there is none, to see what it would take."""
     kind = convert.device.partition(":")[0]
     return convert.pick_device(kind).type if kind == "auto" else kind
-
-
-def fake_model(config):
-    """(FakeTensorMode, a model in it, as the settings say)."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    dtype = convert.base_dtype(convert.use_lora, device_type())
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        model = convert.DiffusionLM(lm, **convert.model_settings()).train()
-    convert.check_length(model, convert.max_seq_length)
-    with mode:
-        model.to_empty(device="cpu")
-        lm.tie_weights()
-    return mode, model
 
 
 # found before: a sweep comes by the same settings again, and a large model takes seconds
@@ -542,32 +500,44 @@ def estimate_memory(config, changes, process_gb):
 
 def estimate_step(config, process_gb):
     """estimate_memory() with the settings as they are, for the losses of all stages together."""
-    on_cpu = device_type() == "cpu"
-    mode, model = fake_model(config)
-    model.head_floats = 2**28 if on_cpu else 2**26  # as in set_up_model()
+    # 1) a model of fake tensors, as a run would set it up
+    kind = device_type()
+    dtype = convert.base_dtype(convert.use_lora, kind)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = convert.DiffusionLM(lm, **convert.model_settings()).train()
+    convert.check_length(model, convert.max_seq_length)
+    with fake:
+        model.to_empty(device="cpu")
+        lm.tie_weights()
+    model.head_floats = 2**28 if kind == "cpu" else 2**26  # as in set_up_model()
     if convert.use_gradient_checkpointing:
         convert.checkpoint_layers(model)
-    for m in model.modules() if device_type() == "cuda" else ():  # fused kernels keep no dropout
+    for m in model.modules() if kind == "cuda" else ():  # fused kernels keep no dropout
         if isinstance(m, nn.Dropout):
             m.p = 0.0
         elif isinstance(vars(m).get("attention_dropout"), float):
             m.attention_dropout = 0.0
     params = convert.freeze(model, "everything")
+
+    # 2) forward and backward of the micro-batch with most to predict
     stages = convert.make_stages(1)
     chosen = {loss: max(s[loss] for s in stages) for loss in ("diffusion", "ar", "distill")}
-    n, passes = convert.batch_size * convert.gradient_accumulation_steps, []
-    for step in range(20):  # the micro-batch with most to predict
-        passes += make_passes(model, chosen, n, step, convert.batch_size)
-    passes = max(passes, key=lambda inputs: sum(len(x["rows"]) for x in inputs))
+    found = itertools.chain.from_iterable(make_passes(model, chosen, step) for step in range(20))
+    passes = max(found, key=lambda inputs: sum(len(x["rows"]) for x in inputs))
     repeated = convert.gradient_accumulation_steps > 1  # then gradients are there from the start
-    with mode:
+    with fake:
         parts = tracked_step(model, passes * 2 if repeated else passes)
+
+    # 3) what bitsandbytes keeps: small ones in 32 bits, two scales for each 256 numbers
     parts["optimizer"] = 0
-    for p in params:  # bitsandbytes: small ones in 32 bits, two scales for each 256 numbers
+    for p in params:
         eight = convert.use_8bit_adam and p.numel() >= 4096
         parts["optimizer"] += 2 * p.numel() + p.numel() // 32 if eight else 8 * p.numel()
     parts = {purpose: n / 1e9 for purpose, n in parts.items()}
-    parts["process"] = process_gb if on_cpu else 0.0
+    parts["process"] = process_gb if kind == "cpu" else 0.0
     return parts | {"total": sum(parts.values())}
 
 
@@ -602,9 +572,7 @@ def memory_savers(config, limit_gb, process_gb):
 
 def measure_memory(limit_gb, loaded_gb=0.0):
     """A row of estimate and memory savers, printed. loaded_gb: weights already in the process."""
-    tokenizer = None
-    if convert.tokenizer_name == "bytes" or random_weights:
-        tokenizer = convert.byte_tokenizer()
+    tokenizer = convert.byte_tokenizer() if convert.tokenizer_name == "bytes" else None
     config = convert.load_config(convert.model_name, convert.model_config, tokenizer)
     process_gb = max(0.0, memory_gb(torch.device("cpu"))[0] - loaded_gb)
     parts = estimate_memory(config, {}, process_gb)
@@ -630,19 +598,12 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
         print(f"memory: not estimated: {error}")
     if any(s["n_on_policy"] for s in stages):
         print("on_policy_tokens: the time to write them is not in this; the steps run on the data")
-    n = convert.batch_size * convert.gradient_accumulation_steps
     for state["stage"], s in enumerate(stages):
         if not s["steps"]:
             continue
         training, seconds = convert.set_up_training(model, s, state, None), []
         for state["step"] in range(min(3, s["steps"])):
-            start = time.perf_counter()
-            x0 = convert.get_batch(train_data, n, convert.seed, state["stage"], state["step"])
-            text = x0[:s["n_on_policy"], x0.shape[1] // 4:]
-            text.copy_(torch.maximum(text, ~text))  # what the model writes is scored
-            convert.train_step(model, training, autocast, s, x0, state)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time_step(model, training, autocast, s, train_data, state))
         median = statistics.median(seconds)
         print(f"stage {s['name']}: {median:.2f} s a step, {median * s['steps'] / 3600:.2f} hours")
     print(f"memory: {memory_gb(device)[0]:.1f} GB at its peak on {device}, of {limit_gb:.1f}; on "
@@ -653,6 +614,10 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
 # The script
 def measure():
     """A row of all that is asked for."""
+    if random_weights:
+        config = convert.model_config
+        config = config or convert.load_config(convert.model_name).to_json_string(use_diff=False)
+        use({"model_config": config, "tokenizer_name": "bytes"})
     if estimate:
         limit = convert.max_memory_gb
         return measure_memory(limit or convert.limit_memory(convert.pick_device(convert.device), 0))

@@ -1843,7 +1843,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(small_settings, more):
     small_settings(use_time_embedding=False, **more)
     model, _ = real_model(random_lm("llama", **PAPER | {"hidden_size": 128}).config)
     chosen = convert.make_stages(1)[2]
-    [passes] = bench.make_passes(model, chosen, 4, 0, 4)
+    [passes] = bench.make_passes(model, chosen, 0)
     model.lm.set_attn_implementation("eager")  # whose products torch counts in both directions
     with FlopCounterMode(display=False) as counter:
         for inputs in passes:
