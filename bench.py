@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 
 import convert
 import sample
-from configurator import UserError, check_value, configure, from_flag, setting_names
+from configurator import UserError, configure, setting_names
 from convert import RunError, errors_as, first_line, memory_gb, run
 
 # --------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ stage = 2  # whose step: 0 | 1 | 2 | 3
 sampling = True  # time the sampler, and plain AR decoding with the same model
 baseline = False  # in turns with ours, a plain Hugging Face step, and LLaDA's sampling loop
 estimate = False  # instead: memory by purpose, and what makes it fit; allocates nothing
-sweep = ""  # settings to vary: batch_size,dtype or batch_size=1,2,4,dtype=float32,bfloat16
+sweep = ""  # settings to vary: batch_size=1,2,4,dtype=float32,bfloat16
 profile = ""  # file for a trace of one step, to open in chrome://tracing
 # amount
 steps = 10  # timed training steps, after burn_in
@@ -626,27 +626,28 @@ def measure():
 
 
 def parse_sweep(settings):
-    """[{setting: value}], all combinations. A number without values: half, once, twice its own."""
-    values = {}
+    """[(title, settings)] of all combinations of the values in sweep."""
+    flags = []
     for item in filter(None, sweep.replace(" ", "").split(",")):
         head, given, value = item.partition("=")
-        if given or head in settings or not values:
-            name, values[head] = head, [value] if given else []
-        else:
-            values[name].append(item)
-    for name, found in values.items():
-        now = check_value(name, settings.get(name), settings, None, "sweep")  # that there is one
+        if given:
+            name = head
+            flags.append([])
+        if not flags:
+            raise UserError(f"sweep: {item} needs values, as batch_size=1,2,4")
         if name in ("sweep", "json", "profile", "estimate", "random_weights"):
             raise UserError(f"sweep: {name} cannot vary")
-        found = [from_flag(name, text, settings) for text in found]
-        if not found and isinstance(now, bool):
-            found = [False, True]
-        elif not found and isinstance(now, (int, float)) and now:
-            found = [x for x in (type(now)(now / 2), now, 2 * now) if x]
-        elif not found:
-            raise UserError(f"sweep: {name} needs values, as {name}=...,...")
-        values[name] = [check_value(name, x, settings, allowed.get(name), "sweep") for x in found]
-    return [dict(zip(values, cell, strict=True)) for cell in itertools.product(*values.values())]
+        flags[-1].append(f"--{name}={value if given else item}")
+    cells = []
+    for cell in itertools.product(*flags):
+        cells.append((", ".join(flag[2:] for flag in cell), dict(settings)))
+        configure(cells[-1][1], cell, allowed)
+    return cells
+
+
+def short(x):
+    """A figure as text, with three digits or more."""
+    return f"{x:,.0f}" if x > 100 else f"{x:.3g}"
 
 
 def print_row(row):
@@ -655,100 +656,77 @@ def print_row(row):
         if name == "step_parts_ms":
             value = ", ".join(f"{part} {ms:.1f}" for part, ms in value.items())
         elif isinstance(value, float):
-            value = f"{value:,.0f}" if value > 100 else f"{value:.3g}"
+            value = short(value)
         if not isinstance(value, (dict, list)):
             print(f"  {name:30}{value}")
 
 
-def figures(row):
-    """Training tokens/s, the peak of memory, or its estimate, in GB, sampled tokens/s; 0: none."""
-    memory = row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
-    return row.get("tokens_per_s", 0), memory, row.get("sample_tokens_per_s", 0)
-
-
-def print_table(rows, names):
-    """Print what a sweep found, a line a row."""
+def show_sweep(rows):
+    """Print a table of what a sweep found, a line a row, and draw it, as bench.png."""
+    names = [row["name"] for row in rows]
+    table = {
+        "training, tokens/s": [row.get("tokens_per_s", 0) for row in rows],
+        "memory, GB": [row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
+                       for row in rows],
+        "sampling, tokens/s": [row.get("sample_tokens_per_s", 0) for row in rows]}
     width = max(map(len, names))
-    print(f"\n{'':{width}}  {'tokens/s':>10}  {'GB':>10}  {'sampling':>10}")
-    for name, row in zip(names, rows, strict=True):
-        cells = "".join(f"{f'{x:,.4g}' if x else '':>12}" for x in figures(row))
-        print(f"{name:{width}}{cells}  {row.get('error', '')}")
-
-
-def draw(rows, names):
-    """bench.png: a bar for the speed and one for the memory of each row."""
+    print(" " * width, *(f"{title:>20}" for title in table))
+    for row, *figures in zip(rows, *table.values(), strict=True):
+        cells = [f"{short(x) if x else '':>20}" for x in figures]
+        print(f"{row['name']:{width}}", *cells, row.get("error", ""))
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("bench.png: not drawn, as matplotlib is not installed", file=sys.stderr)
-    size = 11, 1.5 + 0.3 * len(rows)
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    for i, title in enumerate(("training, tokens/s", "peak memory, GB")):
-        values = [figures(row)[i] for row in rows]
-        labels = [f"{x:,.4g}" if x else row.get("error", "")
-                  for x, row in zip(values, rows, strict=True)]
-        bars = axes[i].barh(range(len(rows)), values, color=["#4477aa", "#ccbb44"][i])
-        axes[i].bar_label(bars, labels, padding=3)
-        axes[i].set_title(title)
-        axes[i].spines[["top", "right"]].set_visible(False)
-        axes[i].margins(x=0.2)
-    axes[0].set_yticks(range(len(rows)), names)
-    axes[0].invert_yaxis()
-    try:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(15, 1.5 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots(1, len(table), sharey=True)
+        for axis, (title, figures) in zip(axes, table.items(), strict=True):
+            bars = axis.barh(names, figures)
+            axis.bar_label(bars, [short(x) if x else "" for x in figures], padding=3)
+            axis.set_title(title)
+            axis.margins(x=0.2)
+        axes[0].invert_yaxis()
         figure.savefig("bench.png", dpi=110)
         print("drawn: bench.png", file=sys.stderr)
-    except OSError as error:
+    except (ImportError, OSError) as error:
         print(f"bench.png: not drawn: {first_line(error)}", file=sys.stderr)
-
-
-def check_settings():
-    """UserError, before the work, for what cannot be done."""
-    if not (train or sampling or estimate):
-        raise UserError("train, sampling: one of them, or --estimate")
-    for name, path in {"json": json, "profile": profile}.items():
-        if path and Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"{name}: '{path}' is not a file")
-        with errors_as(f"{name}: '{path}' cannot be written"):
-            if path:
-                open(path, "a").close()
 
 
 def main(argv):
     settings = all_settings()
     config_files = configure(settings, argv, allowed)
     use(settings)
-    check_settings()
+    if not (train or sampling or estimate):
+        raise UserError("train, sampling: one of them, or --estimate")
+    for name, path in {"json": json, "profile": profile}.items():
+        if path:  # before the work
+            with errors_as(f"{name}: '{path}' cannot be written"):
+                if Path(path).exists() and not Path(path).is_file():
+                    raise ValueError("it is not a file")
+                open(path, "a").close()
     name = " + ".join(Path(file).stem for file in config_files) or convert.model_name
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version()}
-    rows, titles = [], []
-    for cell in parse_sweep(settings):
-        use(settings | cell)
-        title = ", ".join(f"{k}={v}" for k, v in cell.items())
+    rows = []
+    for title, cell in parse_sweep(settings):
+        use(cell)
         print(f"-- {title or name}", flush=True)
         try:
             convert.check_settings()
             row = measure()
         except UserError as error:
-            if not cell:
+            if not title:
                 raise
             row = {"error": first_line(error)}
         print_row(row)
-        row = {"name": f"{name}: {title}" if title else name,
-               "command": shlex.join(["python", *sys.argv]), **row, "dtype": convert.dtype,
-               "versions": versions, "settings": settings | cell}
-        rows.append(row)
-        titles.append(title)
+        rows.append({
+            "name": f"{name}: {title}" if title else name,
+            "command": shlex.join(["python", *sys.argv]), **row, "dtype": cell["dtype"],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                         "python": platform.python_version()}, "settings": cell})
         if json:
             with open(json, "a") as file:
-                file.write(dumps(row) + "\n")
+                file.write(dumps(rows[-1]) + "\n")
     if not sweep:
         return print(dumps(rows[0]))
-    print_table(rows, titles)
-    print(dumps(rows), flush=True)
-    draw(rows, titles)
+    show_sweep(rows)
+    print(dumps(rows))
 
 
 if __name__ == "__main__":

@@ -1901,7 +1901,7 @@ def test_a_sweep_is_a_row_a_cell_and_out_of_memory_is_one(bench_main, monkeypatc
             raise convert.RunError("out of memory")
         return {"tokens_per_s": convert.batch_size * convert.max_seq_length}
     monkeypatch.setattr(bench, "measure", measure)
-    code, out, err = bench_main(*SMALL_BENCH, "--sweep=batch_size,max_seq_length=24,48")
+    code, out, err = bench_main(*SMALL_BENCH, "--sweep=batch_size=2,4,8,max_seq_length=24,48")
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])
     found = [row.get("tokens_per_s", row.get("error")) for row in rows]
