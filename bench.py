@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 
 import convert
 import sample
-from configurator import UserError, configure, setting_names
+from configurator import UserError, configure, settings_in
 from convert import RunError, errors_as, first_line, memory_gb, run
 
 # --------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ stage = 2  # whose step: 0 | 1 | 2 | 3
 sampling = True  # time the sampler, and plain AR decoding with the same model
 baseline = False  # in turns with ours, a plain Hugging Face step, and LLaDA's sampling loop
 estimate = False  # instead: memory by purpose, and what makes it fit; allocates nothing
-sweep = ""  # settings to vary: batch_size=1,2,4,dtype=float32,bfloat16
+sweep = ""  # settings to vary: batch_size,dtype=float32,bfloat16; without values half, once, twice
 profile = ""  # file for a trace of one step, to open in chrome://tracing
 # amount
 steps = 10  # timed training steps, after burn_in
@@ -73,14 +73,13 @@ allowed = convert.allowed | {
 
 def all_settings():
     """{setting: value} of convert.py and of this file."""
-    scope = vars(convert) | globals()
-    return {name: scope[name] for name in setting_names(scope)}
+    return settings_in(vars(convert) | globals())
 
 
 def use(settings):
     """Give settings of convert.py and of this file new values."""
     for scope in (vars(convert), globals()):
-        scope.update({name: settings[name] for name in setting_names(scope) if name in settings})
+        scope.update({name: settings[name] for name in settings_in(scope) if name in settings})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,7 +490,7 @@ def estimate_memory(config, changes, process_gb):
     """{purpose: GB} at the peak of a step with changed settings, and the total; on a CPU with what
     the process takes anyway. UserError for an architecture whose step depends on its data."""
     with patch.multiple(convert, **changes, max_memory_gb=0.0):  # a limit makes no difference
-        key = repr((config, process_gb, convert.current_settings()))
+        key = repr((config, process_gb, settings_in(vars(convert))))
         if key not in estimates:
             with errors_as(f"model_name: architecture '{config.model_type}' cannot be estimated"):
                 estimates[key] = estimate_step(config, process_gb)
@@ -626,18 +625,24 @@ def measure():
 
 
 def parse_sweep(settings):
-    """[(title, settings)] of all combinations of the values in sweep."""
+    """[(title, settings)] of all combinations of the values in sweep. Without values a number is
+    taken half, once and twice, a switch off and on."""
     flags = []
     for item in filter(None, sweep.replace(" ", "").split(",")):
         head, given, value = item.partition("=")
-        if given:
+        now, values = settings.get(head), [value if given else item]
+        if given or head in settings or not flags:
             name = head
             flags.append([])
-        if not flags:
-            raise UserError(f"sweep: {item} needs values, as batch_size=1,2,4")
+        if isinstance(now, bool) and not given:
+            values = [False, True]
+        elif isinstance(now, (int, float)) and now and not given:
+            values = [type(now)(now / 2), now, 2 * now]
+        elif not given and name == head:
+            raise UserError(f"sweep: {name} needs values, as {name}=...,...")
         if name in ("sweep", "json", "profile", "estimate", "random_weights"):
             raise UserError(f"sweep: {name} cannot vary")
-        flags[-1].append(f"--{name}={value if given else item}")
+        flags[-1] += [f"--{name}={x}" for x in values]
     cells = []
     for cell in itertools.product(*flags):
         cells.append((", ".join(flag[2:] for flag in cell), dict(settings)))

@@ -16,10 +16,10 @@ class UserError(Exception):
     code = 2
 
 
-def setting_names(settings):
-    """The settings among a module's globals: public, lower case, a bool, int, float or str."""
-    return [k for k, v in settings.items()
-            if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))]
+def settings_in(scope):
+    """{name: value} of the settings in a module's globals: a lower-case bool, int, float or str."""
+    return {k: v for k, v in scope.items()
+            if k.islower() and k[0] != "_" and isinstance(v, (bool, int, float, str))}
 
 
 def did_you_mean(word, words):
@@ -34,12 +34,12 @@ def no_such_setting(name, settings):
         cells = row.split("|")
         if len(cells) == 4 and f"`{name}`" in cells[1]:
             return f"there is no setting '{name}'; here: {cells[2].strip()}"
-    return f"there is no setting '{name}'{did_you_mean(name, setting_names(settings))}"
+    return f"there is no setting '{name}'{did_you_mean(name, settings_in(settings))}"
 
 
 def check_value(name, value, settings, rule, where):
     """value in the type of the setting's default; UserError for a wrong name, type or value."""
-    if name not in setting_names(settings):
+    if name not in settings_in(settings):
         raise UserError(f"{where}: {no_such_setting(name, settings)}")
     kind = type(settings[name])
     whole = type(value) is float and value.is_integer()  # 1e3
@@ -69,7 +69,7 @@ def from_flag(name, text, settings):
 
 def from_file(path, settings):
     """What a config file assigns, but for modules, functions and names that start with _."""
-    before = {k: settings[k] for k in setting_names(settings)} | {"__file__": path}
+    before = settings_in(settings) | {"__file__": path}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
     except (Exception, SystemExit) as error:  # it is the user's code, and may raise anything

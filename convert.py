@@ -50,7 +50,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 
-from configurator import UserError, check_value, configure, did_you_mean, print_help, setting_names
+from configurator import UserError, check_value, configure, did_you_mean, print_help, settings_in
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -1350,7 +1350,7 @@ def start_wandb(state):
         raise UserError("use_wandb: the package is not installed: pip install wandb") from None
     try:
         run = wandb.init(project=wandb_project, id=state["wandb_id"] or None, resume="allow",
-                         config=current_settings())
+                         config=settings_in(globals()))
     except (wandb.Error, OSError) as error:
         print(f"use_wandb: goes on without: {first_line(error)}")
         return None
@@ -1469,7 +1469,7 @@ def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
     state["log_bytes"] = log["file"].tell()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     record = {"model": model_settings(), "max_seq_length": max_seq_length, "state": state,
-              "settings": current_settings(), "versions": versions}
+              "settings": settings_in(globals()), "versions": versions}
     if training:
         training = {name: part.state_dict() for name, part in training.items()}
         training["own_text"] = {name: torch.from_numpy(x) for name, x in own_text.items()}
@@ -1515,7 +1515,7 @@ def find_checkpoint(out):
         if resume:
             print(f"resume: no checkpoint in {out}, so from the start")
         return state, None
-    record, settings = read_record(source), current_settings()
+    record, settings = read_record(source), settings_in(globals())
     if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
     for name in ("use_8bit_adam", "dtype"):
@@ -1846,7 +1846,9 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         done = np.fromfile(path, np.int32).reshape(-1, T)
         bar.update(int((done >= 0).sum()))
         while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            def work(n, at=len(done)):
+            at = len(done)
+
+            def work(n, at=at):
                 return ar_continue(lm, windows[at:at + n].astype(np.int64),
                                    tokenizer.eos_token_id, model.max_positions)
 
@@ -1929,11 +1931,6 @@ def run(main, scope=None):
             raise  # a bug: its traceback is wanted
         print(f"error: {text}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, UserError) else RunError.code)
-
-
-def current_settings():
-    """{setting: value}."""
-    return {name: globals()[name] for name in setting_names(globals())}
 
 
 def model_settings():
@@ -2066,8 +2063,7 @@ def read_record(folder):
         for key in ("model", "max_seq_length", "settings", "state", "versions"):
             record[key]  # all that is needed is there
         values = record["model"] | {"max_seq_length": record["max_seq_length"]}
-        for name in ("num_timesteps", "noise_schedule", "use_time_embedding", "block_size",
-                     "max_seq_length"):
+        for name in settings_in(globals()).keys() & values:
             check_value(name, values[name], globals(), allowed.get(name), folder)
         if not record["model"].pop("logit_shift", True):  # of an older version
             raise ValueError("logit_shift=False is no longer supported")
