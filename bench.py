@@ -637,7 +637,7 @@ def parse_sweep(settings):
         if isinstance(now, bool) and not given:
             values = [False, True]
         elif isinstance(now, (int, float)) and now and not given:
-            values = [type(now)(now / 2), now, 2 * now]
+            values = [x for x in (type(now)(now / 2), now, 2 * now) if x]
         elif not given and name == head:
             raise UserError(f"sweep: {name} needs values, as {name}=...,...")
         if name in ("sweep", "json", "profile", "estimate", "random_weights"):
