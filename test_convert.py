@@ -111,6 +111,17 @@ def no_model(schedule="cosine", T=1000, block_size=0):
                            bidirectional=True, block_size=block_size)
 
 
+def save_final(folder, model=None, lora=None, **more):
+    """Save a model, by default a random one of bytes in blocks, as a finished run does."""
+    model = model or diffusion(random_lm("llama", vocab_size=300), "linear", 10, block_size=4)
+    ours = {"num_timesteps": model.num_timesteps, "noise_schedule": model.noise_schedule,
+            "use_time_embedding": True, "bidirectional": True, "block_size": model.block_size,
+            "lora": lora}
+    record = {"model": ours | more, "max_seq_length": 48}
+    record |= {"settings": {}, "state": {}, "versions": {}}
+    convert.save_folder(Path(folder).absolute(), model, convert.byte_tokenizer(), record)
+
+
 # ----------------------------------------------------------------------------------------------
 # The diffusion
 @cases("schedule", SCHEDULES)
@@ -189,7 +200,8 @@ def test_the_loss_and_its_gradient_equal_a_brute_force_sum(block_size, full_mask
     expected = loss_by_hand(model, ids, t, noise, 0.5, distill)
     expected.backward()
     gradient = gradients(model)
-    assert gradient["mask_embedding"].abs().max() > 0
+    for name in ("mask_embedding", "time_mlp.2.weight"):
+        assert gradient[name].abs().max() > 0, "both embeddings learn"
 
     for micro_batch, rows_of_head in ((1, 99), (2, 2), (5, 99)):
         model.head_floats = 99 * rows_of_head  # in chunks
@@ -218,11 +230,7 @@ def test_a_fixed_predictor_has_the_same_nelbo_under_every_schedule_and_another_n
     assert max(worse_with_noise) / min(worse_with_noise) < 1.03
 
 
-def test_who_knows_scores_0_and_a_uniform_guess_log_v():
-    assert nelbo(lambda share, tokens: 0 * share, "cosine") == 0
-    uniform = nelbo(lambda share, tokens: math.log(99) + 0 * share, "cosine")
-    assert uniform == pytest.approx(math.log(99), rel=0.02)
-
+def test_a_uniform_guess_scores_log_v_and_its_bits_are_per_byte():
     model = diffusion(random_lm("llama"))
     torch.nn.init.zeros_(model.lm.lm_head.weight)  # every token is as likely as any other
     windows = np.random.default_rng(0).integers(0, 99, (400, 32))
@@ -252,13 +260,10 @@ def test_context_and_the_first_token_are_never_masked_nor_scored(block_size, n_p
 
     for x0, n_scored, last in ((plain, n_plain, 99), (context, n_context, 0)):
         batch = convert.loss_weights(x0, t, noise, model, 1, 1)
-        passes = list(convert.forward_passes(batch, 4, model))
+        passes = convert.forward_passes(batch, 4, model)
         assert batch[0].equal(plain)
         assert batch[1].tolist() == [[0, 99, 99, 99, last, last]] * 4
         assert [len(inputs["rows"]) / 4 for inputs in passes] == n_scored
-        for inputs in passes:
-            length = inputs["ids"].shape[1]  # the last state would predict the next window
-            assert (inputs["rows"] % length != length - 1).all()
 
 
 @cases("block_size, noisy", [(0, [1, 2, 3, 5]), (3, [1, 2, 5])])
@@ -293,10 +298,10 @@ def test_of_a_models_own_text_only_what_it_drafts_is_scored():
 ROUNDING = {"mixtral": 1e-5, "gpt_oss": 1e-5}  # experts add up in an order of their own
 
 
-def greedy(lm, ids, n):
+def greedy(lm, ids, n, eos=None):
     """The n tokens (B, n) that Hugging Face's greedy decoding adds to ids (B, T)."""
     out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
-                      do_sample=False, eos_token_id=None)
+                      do_sample=False, eos_token_id=eos)
     return out[:, ids.shape[1]:]
 
 
@@ -335,22 +340,6 @@ def test_family(family):
     assert len(convert.freeze(model, "everything")) == n_all
 
 
-def test_what_was_trained_is_saved_as_the_hugging_face_model_that_causal_mode_is(tmp_path):
-    model, ids = diffusion(random_lm("qwen3")).train(), random_ids(4, 16)
-    optimizer = torch.optim.AdamW(convert.freeze(model, "everything"))
-    for step in range(3):
-        t, noise = convert.sample_noise(4, 16, 1000, step)
-        train_step(model, ids, t, noise, ar=0.5, optimizer=optimizer, lr=1e-2)
-    assert model.time_mlp[2].weight.abs().max() > 0, "the time embedding learns"
-
-    model.eval().set_causal(False)
-    convert.save_folder(tmp_path / "final", model, convert.byte_tokenizer(), {})
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
-    model.set_causal(True)
-    with torch.no_grad():
-        assert other(ids).logits.equal(model(ids, t))
-
-
 @cases("family, block_size, more", [
     ("gpt_neo", 0, {"num_layers": 2, "num_heads": 4,
                     "attention_types": [[["global", "local"], 1]]}),
@@ -373,28 +362,6 @@ def test_the_mask_starts_as_the_mean_embedding_and_time_as_nothing():
     torch.nn.init.normal_(model.time_mlp[2].weight)
     token, mask = (model.embed(ids, early) == model.embed(ids, late))[0]
     assert token.all() and not mask.all(), "time reaches masked positions only"
-
-
-def save_as_final(model, folder, **older):
-    """Save a model as a finished run does."""
-    ours = {"num_timesteps": 1000, "noise_schedule": "cosine", "use_time_embedding": True,
-            "bidirectional": True, "block_size": model.block_size, "lora": LORA}
-    record = {"model": ours | older, "max_seq_length": 16}
-    record |= {"settings": {}, "state": {}, "versions": {}}
-    convert.save_folder(folder, model, convert.byte_tokenizer(), record)
-
-
-def test_a_record_of_an_older_version_loads_only_if_its_logits_are_shifted(tmp_path):
-    model = diffusion(random_lm("llama", vocab_size=300), block_size=4, lora=LORA)
-    for p in (*model.diffusion_state().values(), *model.adapter_state().values()):
-        torch.nn.init.normal_(p)
-    save_as_final(model, tmp_path / "shifted", logit_shift=True)
-    save_as_final(model, tmp_path / "not", logit_shift=False)
-    loaded, _ = convert.load_model(tmp_path / "shifted", torch.device("cpu"))
-    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    with pytest.raises(configurator.UserError, match="logit_shift=False is no longer") as error:
-        convert.load_model(tmp_path / "not", torch.device("cpu"))
-    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -420,11 +387,6 @@ def unmask_oracle(steps=8, holes=range(8), **how):
         oracle, ids, 99, steps, watch=lambda ids, _: frames.append(ids[0].tolist()), **how)
     assert forwards == len(frames) and 99 not in out
     return [next(n for n, f in enumerate(frames) if f[i] != 99) for i in range(8)], frames
-
-
-def n_remasked(frames):
-    masked = np.array(frames) == 99
-    return (~masked[:-1] & masked[1:]).sum()
 
 
 def test_orders_set_one_token_a_pass_as_they_say():
@@ -456,10 +418,11 @@ def test_a_budget_is_spread_a_threshold_takes_what_is_sure_and_the_rest_stays():
 
 
 def test_remasking_takes_the_least_sure_back_within_its_budget():
-    for steps, remask in ((6, 2), (8, 3)):
-        _, frames = unmask_oracle(steps, remask=remask)
-        assert n_remasked(frames) == remask and len(frames) == min(steps, 8 + remask)
-    assert n_remasked(unmask_oracle(threshold=0.75, remask=1)[1]) == 1
+    for steps, remask, threshold in ((6, 2, 0), (8, 3, 0), (99, 1, 0.75)):
+        _, frames = unmask_oracle(steps, remask=remask, threshold=threshold)
+        masked = np.array(frames) == 99
+        assert (~masked[:-1] & masked[1:]).sum() == remask
+        assert threshold or len(frames) == min(steps, 8 + remask)
 
 
 @cases("temperature", [0.0, 1.0])
@@ -598,7 +561,7 @@ def test_drafts_come_from_what_a_block_was_trained_on(family):
 @cases("family", "llama gpt2 phi qwen3 opt mistral gpt_neox falcon".split())
 def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(
         family, block_size, tmp_path):
-    lm, ids, final = random_lm(family), random_ids(4, 16), tmp_path / "final"
+    lm, ids, final = random_lm(family, vocab_size=300), random_ids(4, 16), tmp_path / "final"
     lora = LORA | {"targets": "attention" if family == "phi" else "auto"}
     with torch.no_grad():
         expected = lm(ids).logits
@@ -614,7 +577,9 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(
         train_step(model, ids, t, noise, 2, 0, 0.1 * block_size, optimizer, 1e-2)
     assert all(p.grad is not None for p in params)
     model.eval()
-    save_as_final(model, final)
+    save_final(final, model, lora=lora, logit_shift=True)  # as older versions wrote
+    loaded, _ = convert.load_model(final, CPU)
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
     # the base is what it was, in memory and on disk, and peft reads the adapter
     tensors = [load_file(folder / "model.safetensors") for folder in (tmp_path, final)]
@@ -672,7 +637,7 @@ def test_verified_sampling_has_the_distribution_of_the_causal_model():
 
 # ----------------------------------------------------------------------------------------------
 # Data
-def build(folder, name, tokenizer=None, **settings):
+def build(folder, name="a.jsonl", tokenizer=None, **settings):
     """load_data() of a file in a folder: (training windows, held-out windows, report)."""
     defaults = {
         "dataset_name": str(folder / name) if "." in name else name, "dataset_config": "",
@@ -707,7 +672,7 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
     documents = many(40, 50)
     write_rows(tmp_path, documents, "body")
 
-    train, held, report = build(tmp_path, "a.jsonl", text_column="body")
+    train, held, report = build(tmp_path, text_column="body")
     found = [[text for text in decode(x).split("<|endoftext|>") if text in documents]
              for x in (train, held)]
     encode = convert.byte_tokenizer().encode
@@ -717,7 +682,7 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
     assert not set(found[0]) & set(found[1]) and not report["held_out_share_in_training"]
     assert train.ravel().tolist()[:len(expected)] == expected[:train.size]
     assert train.dtype == np.uint16 and isinstance(train, np.memmap)
-    assert build(tmp_path, "a.jsonl", text_column="body")[0].filename == train.filename
+    assert build(tmp_path, text_column="body")[0].filename == train.filename
 
 
 def chat_tokenizer():
@@ -728,7 +693,7 @@ def chat_tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2])
+@cases("turns", [0, 1, 2])
 def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, turns):
     rows = [{"prompt": words(2, i), "response": words(3, 100 + i)} for i in range(40)]
     said = [row["response"] for row in rows] * (turns or 1)
@@ -738,23 +703,23 @@ def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, turns):
                 for row in rows]
     write_rows(tmp_path, rows)
 
-    train, held, _ = build(tmp_path, "a.jsonl", chat_tokenizer())
+    train, held, _ = build(tmp_path, tokenizer=chat_tokenizer())
     windows = np.concatenate([train, held])
 
     assert sorted(decode(windows[windows >= 0]).split("\n")) == sorted([*said, ""])
     assert "<assistant>" in decode(train) and (train >= 0).any(1).all()
     assert decode(train[0]).startswith("<user>"), "a conversation starts its own window"
     with pytest.raises(configurator.UserError, match="chat template"):
-        build(tmp_path, "a.jsonl")
+        build(tmp_path)
 
 
 def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
     write_rows(tmp_path, many(40, 2), "prompt")
     with pytest.raises(configurator.UserError, match="no response"):
-        build(tmp_path, "a.jsonl", chat_tokenizer())
+        build(tmp_path, tokenizer=chat_tokenizer())
 
-    train, held, _ = build(
-        tmp_path, "a.jsonl", chat_tokenizer(), on_policy_tokens=99, use_lora=True)
+    answered = {"use_lora": True, "on_policy_tokens": 99}
+    train, held, _ = build(tmp_path, tokenizer=chat_tokenizer(), **answered)
 
     found = [decode(w[w < 0]).split("<assistant>")[0] for w in (*train, *held)]
     assert sorted(found) == sorted(f"<user>{text}\n" for text in many(40, 2))
@@ -772,16 +737,13 @@ def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path
         return convert.on_policy_windows(model, tokenizer, windows, tokens, tmp_path, stop)
 
     whole = own_text()
-    prompt = torch.tensor(windows[:64, :4].astype(int))
-    greedy = model.lm.generate(
-        prompt, max_new_tokens=12, do_sample=False, eos_token_id=None,
-        attention_mask=torch.ones_like(prompt))[:, 4:]
+    expected = greedy(model.lm, torch.tensor(windows[:64, :4].astype(int)), 12)
     assert len(whole) == 64 and (whole >= 0).sum() >= 500, "two batches of 32 are enough"
     assert (whole[:, :4] == ~windows[:64, :4].astype(np.int32)).all()
-    assert (whole[:, 4:] == greedy.numpy()).mean() > 0.9
+    assert (whole[:, 4:] == expected.numpy()).mean() > 0.9
 
     [path] = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:4 * 16 * 20])  # killed in the first batch
+    os.truncate(path, 4 * 16 * 20)  # killed in the first batch
     with pytest.raises(SystemExit):
         own_text(stop=[15])
     assert path.stat().st_size == 4 * 16 * 32, "whole batches are kept"
@@ -796,7 +758,7 @@ def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path
     documents = many(30, 120)
     write_rows(tmp_path, documents + [d[:300] + " but " + d[300:] for d in documents[:15]])
     for seed in range(4):
-        train, held, report = build(tmp_path, "a.jsonl", eval_samples=1000, seed=seed)
+        train, held, report = build(tmp_path, eval_samples=1000, seed=seed)
         text, other = decode(train), decode(held)
         assert not any(other[i:i + 64] in text for i in range(0, len(other) - 64, 7))
         assert report["held_out_share_in_training"] < 0.01
@@ -824,7 +786,7 @@ def test_lines_of_one_text_are_not_documents(tmp_path):
     assert 256 in build(tmp_path, "folder.d")[0], "files are documents"
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+@cases("kind", ["csv", "parquet", "json"])
 def test_tables_are_read(tmp_path, kind):
     table = datasets.Dataset.from_dict({"text": [*many(30, 60), ""], "n": list(range(31))})
     getattr(table, f"to_{kind}")(tmp_path / f"a.{kind}")
@@ -836,11 +798,11 @@ def test_another_column_file_or_end_of_text_is_tokenised_anew(tmp_path):
         write_rows(tmp_path, [{"text": text + document, "other": "c" + document}
                               for document in many(30, 50)])
         for column, start in (("text", text), ("other", "c"), ("text", text)):
-            train = build(tmp_path, "a.jsonl", text_column=column)[0]
+            train = build(tmp_path, text_column=column)[0]
             assert decode(train).startswith(start)
     other = convert.byte_tokenizer()
     other.eos_token = "!"
-    build(tmp_path, "a.jsonl", other)
+    build(tmp_path, tokenizer=other)
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2 + 2 + 1
 
 
@@ -848,13 +810,13 @@ def test_no_more_is_tokenised_than_needed(tmp_path, monkeypatch):
     write_rows(tmp_path, many(2000, 60))
     encode = mock.Mock(side_effect=convert.byte_tokenizer().encode)
     monkeypatch.setattr(convert, "make_encoder", lambda *args: encode)
-    train, held, _ = build(tmp_path, "a.jsonl", max_train_samples=20, eval_samples=3)
+    train, held, _ = build(tmp_path, max_train_samples=20, eval_samples=3)
     assert train.shape == (20, 32) and held.shape == (3, 32) and encode.call_count <= 128
 
 
 def test_short_documents_are_held_out_by_a_twentieth(tmp_path):
     write_rows(tmp_path, many(1000, 4))
-    train, held, _ = build(tmp_path, "a.jsonl", eval_samples=1000)
+    train, held, _ = build(tmp_path, eval_samples=1000)
     assert 0.03 < len(held) / len(train) < 0.07
 
 
@@ -881,7 +843,7 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "digits", "llama3"])
+@cases("kind", ["gpt2", "digits", "llama3"])
 def test_tiktoken_gives_the_ids_of_the_tokenizer(kind):
     from pydoc_data.topics import topics
     split = {"gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
@@ -979,16 +941,18 @@ WRONG_SETTINGS = """--learning_rte=1e-3>learning_rate --batch_size=0 --batch_siz
     --lr_schedule=step>constant --learning_rate=nan --learning_rate=-1 --compile_model=x>true
     --num_timesteps=0 --beta2=1.5 --weight_decay=[1] --seed=-1 --keep_checkpoints=0 -h1>-h1
     --stage1_epochs=-1 config/nothing.py>config batch_size=4>batch_size=4 --=1>setting
-    --save_step=1>save_steps --device=cuda:7 --device=gpu --lm_loss_weight=1e300
-    --max_steps=100000000000000000000 --sample_prompt=\udcff>UTF-8 --out_dir>--out_dir=..."""
+    --save_step=1>save_steps --device=gpu --lm_loss_weight=1e300 --out_dir>--out_dir=...
+    --max_steps=100000000000000000000 --sample_prompt=\udcff>UTF-8
+    --use_flash_attention=1>SDPA --pin_memory=1>memory-mapped --dataloader_num_workers=1>index
+    --use_deepspeed=1>use_lora --cpu_offload=1>device --model_type=1>JSON
+    --hidden_size=1>JSON --per_device_train_batch_size=1>windows --bf16=1>--dtype=bfloat16
+    --num_train_epochs=1>stage2_epochs --max_length=1>here:"""
 FILES = {"learning_rte = 1": "learning_rate", "batch_size = '4'": "batch_size",
          "dtype = 'fp16'": "dtype", "a = = 1": "SyntaxError",
          "batch_size = 1 // 0": "ZeroDivisionError", "raise RuntimeError('no')": "RuntimeError"}
-FOREIGN_WORDS = """use_flash_attention pin_memory dataloader_num_workers use_deepspeed cpu_offload
-    model_type hidden_size per_device_train_batch_size bf16 num_train_epochs max_length"""
 
 
-@pytest.mark.parametrize("argument", [*WRONG_SETTINGS.split(), *FILES])
+@cases("argument", [*WRONG_SETTINGS.split(), *FILES])
 def test_a_wrong_setting_is_one_line_and_exit_2(run, tmp_path, argument):
     flag, _, word = argument.partition(">")
     if argument in FILES:
@@ -1000,13 +964,6 @@ def test_a_wrong_setting_is_one_line_and_exit_2(run, tmp_path, argument):
     assert list(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("word", FOREIGN_WORDS.split())
-def test_a_word_of_another_trainer_is_answered_from_the_table(run, tmp_path, word):
-    table = (HERE / "assets/other_trainers.md").read_text()
-    run(f"--{word}=1", error=re.search(rf"`{word}`[^|]*\| (.*?) \|", table)[1])
-    assert not list(tmp_path.iterdir())
-
-
 WRONG_SAMPLES = {  # of a block model: flags, a word of the error
     "--out_dir=nowhere": "nowhere", "--checkpoint=nowhere": "nowhere", "--watch": "terminal",
     "--steps=0": "steps", "--max_new_tokens=9999": "positions", "--threshold=1.5": "threshold",
@@ -1014,27 +971,19 @@ WRONG_SAMPLES = {  # of a block model: flags, a word of the error
     "--verify --drafts=4": "drafts", "--compare": "verify", "--prompt=" + "x" * 600: "positions",
     "--prompts=nowhere": "nowhere", "--chat": "chat template", "--verify --trace=x": "trace",
     "--trace=no/t.html --max_new_tokens=4": "no/t.html", "--prompts=empty.txt": "empty.txt",
-    "--prompt=\udcff": "UTF-8", "--out_dir=edited": "alphas", "--out_dir=lacking": "max_seq_length",
-    "--out_dir=older": "logit_shift", "--out_dir=negative": "block_size",
-}
-BLOCKS = {"num_timesteps": 10, "noise_schedule": "linear", "use_time_embedding": True,
-          "bidirectional": True, "block_size": 4}
-RECORD = {"model": BLOCKS, "max_seq_length": 48, "settings": {}, "state": {}, "versions": {}}
+    "--out_dir=edited": "alphas", "--out_dir=lacking": "max_seq_length",
+    "--out_dir=older": "logit_shift", "--out_dir=negative": "block_size"}
 
 
-def save_small(folder, record=RECORD):
-    """Save a block model of bytes with random weights."""
-    model = diffusion(random_lm("llama", vocab_size=300), "linear", 10, block_size=4)
-    convert.save_folder(Path(folder).absolute(), model, convert.byte_tokenizer(), record)
-
-
-@pytest.mark.parametrize("flags", WRONG_SAMPLES)
+@cases("flags", WRONG_SAMPLES)
 def test_what_sample_cannot_do_is_one_line_and_exit_2(sample_main, flags):
-    save_small("out/final")
-    save_small("edited/final", RECORD | {"model": BLOCKS | {"alphas": 1}})
-    save_small("lacking/final", {"model": BLOCKS})
-    save_small("older/final", RECORD | {"model": BLOCKS | {"logit_shift": False}})
-    save_small("negative/final", RECORD | {"model": BLOCKS | {"block_size": -3}})
+    save_final("out/final")
+    save_final("edited/final", alphas=1)
+    save_final("older/final", logit_shift=False)
+    save_final("negative/final", block_size=-3)
+    save_final("lacking/final")
+    record = Path("lacking/final/diffusion.json")
+    record.write_text(record.read_text().replace("max_seq_length", "length"))
     Path("empty.txt").touch()
 
     result = sample_main("--out_dir=out", *re.split(" (?=--)", flags))
@@ -1051,7 +1000,7 @@ WRONG_DATA = [  # name, word of the error, content
     ("a.txt", "a.txt", bytes(range(128, 256)).decode("latin1")), ("a.pdf", ".jsonl", "x")]
 
 
-@pytest.mark.parametrize("name, word, content", WRONG_DATA)
+@cases("name, word, content", WRONG_DATA)
 def test_wrong_data_is_one_line_and_exit_2(run, name, word, content):
     if content is not None:
         Path(name.split()[0]).write_text(content, "latin1")
@@ -1072,22 +1021,18 @@ WRONG_INPUTS = {
 }
 
 
-@pytest.mark.parametrize("flags", WRONG_INPUTS)
+@cases("flags", WRONG_INPUTS)
 def test_wrong_input_is_one_line_and_exit_2(run, flags):
     Path("a.gguf").write_text("x" * 99)
     Path("empty").mkdir()
     for name in ("cut", "gone", "mask"):
-        save_small(name)
-    truncate("cut/model.safetensors")
+        save_final(name)
+    os.truncate("cut/model.safetensors", 50000)
     Path("gone/model.safetensors").unlink()
-    truncate("mask/diffusion.safetensors")
+    os.truncate("mask/diffusion.safetensors", 20000)
 
     run(flags, error=WRONG_INPUTS[flags])
     assert not Path("out").exists()
-
-
-def truncate(file):
-    Path(file).write_bytes(Path(file).read_bytes()[:-1000])
 
 
 def test_files_and_flags_override_from_left_to_right(tmp_path):
@@ -1141,7 +1086,7 @@ def test_help_shows_the_settings_in_their_groups_with_the_values_given(tmp_path)
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("name", ["convert", "sample"])
+@cases("name", ["convert", "sample"])
 def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path, name):
     _, err = script(f"{name}.py", "--sed=3", code=2, cwd=tmp_path)
     assert err == "error: --sed: there is no setting 'sed'; did you mean 'seed'?\n"
@@ -1150,9 +1095,9 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, most_lines, most_bytes", [  # ceilings: they may only go down
-    ("convert.py", 2075, 111500), ("sample.py", 412, 20000), ("bench.py", 800, 37500),
-    ("configurator.py", 113, 5600), ("test_convert.py", 2030, 99500), ("README.md", 250, 17000)])
+@cases("name, most_lines, most_bytes", [  # ceilings: they may only go down
+    ("convert.py", 2075, 110700), ("sample.py", 393, 19300), ("bench.py", 738, 34700),
+    ("configurator.py", 113, 5500), ("test_convert.py", 1940, 94500), ("README.md", 250, 15500)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
     source = (HERE / name).read_text()
     lines = source.splitlines()
@@ -1186,6 +1131,14 @@ def rows_of(out):
 
 def evaluations(out):
     return [row for row in rows_of(out) if "eval_nelbo" in row]
+
+
+def held_out(lm, length, folder="."):
+    """The held-out windows of the run in a folder, and a Hugging Face model's perplexity there."""
+    [path] = Path(folder).glob("model_cache/tokens-*/held.bin")
+    ids = torch.tensor(np.fromfile(path, np.uint16).reshape(-1, length).astype(int))
+    with torch.no_grad():
+        return ids, math.exp(lm(ids, labels=ids).loss)
 
 
 def check_same_losses(tolerance, one="out", other="b"):
@@ -1234,7 +1187,7 @@ def test_a_run_killed_at_random_moments_logs_what_one_never_killed_logs(tmp_path
     assert "finished" in script(*command[1:], cwd=tmp_path)[0]
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@cases("times", [1, 2])
 def test_an_interrupt_ends_with_a_checkpoint_and_a_second_one_at_once(
         convert_main, monkeypatch, times):
     def interrupted(*args):
@@ -1261,15 +1214,11 @@ def test_a_run_end_to_end(run):
     assert {path.name for path in Path("out").iterdir()} == {
         "checkpoint_12", "checkpoint_9", "final", "training_logs.jsonl"}
 
-    held = np.fromfile(next(Path("model_cache").glob("tokens-*/held.bin")), np.uint16)
-    ids = torch.tensor(held.reshape(-1, 48).astype(int))
-    with torch.no_grad():
-        loss = AutoModelForCausalLM.from_pretrained("out/final")(ids, labels=ids).loss
-    assert math.exp(loss) == pytest.approx(evals[-1]["ar_ppl"], rel=1e-4), "plain transformers"
+    ids, ppl = held_out(AutoModelForCausalLM.from_pretrained("out/final"), 48)
+    assert ppl == pytest.approx(evals[-1]["ar_ppl"], rel=1e-4), "plain transformers"
     model, tokenizer = convert.load_model("out/final", CPU)
     noise_seed = convert.seed_for(1337, "evaluation")
-    again = convert.evaluate(
-        model.eval(), tokenizer, ids.numpy(), contextlib.nullcontext(), noise_seed, 16)
+    again = convert.evaluate(model.eval(), tokenizer, ids.numpy(), NO_AUTOCAST, noise_seed, 16)
     assert again["eval_nelbo"] == pytest.approx(evals[-1]["eval_nelbo"], rel=1e-5)
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd="out/final", check=True)
 
@@ -1282,7 +1231,7 @@ def test_a_run_end_to_end(run):
 OWN_TEXT = " --block_size=4 --on_policy_tokens=3000 --on_policy_share=0.5"
 
 
-@pytest.mark.parametrize("flags, own_texts", [
+@cases("flags, own_texts", [
     ("", 0), (OWN_TEXT, 1), (OWN_TEXT + " --stage0_epochs=1", 1),
     (OWN_TEXT + " --on_policy_share=1 --use_lora --distill_weight=1", 2)])
 def test_a_resume_within_a_stage_is_exact_with_and_without_earlier_stages(run, flags, own_texts):
@@ -1373,38 +1322,36 @@ def test_foreign_files_damage_nothing_and_only_intact_checkpoints_are_kept(run):
 def test_trained_adapters_are_not_dropped(run):
     lora = "--use_lora --stage0_epochs=0 --on_policy_tokens=1000 --max_steps=3"
     run(lora)
-    bare = "--stage0_epochs=0 --out_dir=next"
-    run(f"{bare} --model_config= --tokenizer_name= --model_name=out/final", error="use_lora")
-    run(f"{bare} --checkpoint=out/checkpoint_3", error="use_lora")
+    for bare in (f"{FROM}out/final", "--checkpoint=out/checkpoint_3"):
+        run(f"{bare} --stage0_epochs=0 --out_dir=next", error="use_lora")
 
     shutil.rmtree("out/final")
     Path("out/checkpoint_3").rename("out/keep")  # whatever it is called
     run(f"{lora} --max_steps=6 --checkpoint=out/keep")
 
 
+def test_a_run_without_room_or_beside_another_is_refused_and_no_log_is_emptied(run):
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=10**6)):
+        run(error="keep_checkpoints")
+    assert not Path("out").exists()
 
-def test_a_log_is_never_emptied(run):
     run("--max_steps=2")
     text = Path("out/training_logs.jsonl").read_text()
     go_back(0)
+    with open("out/training_logs.jsonl", "a") as other:
+        convert.fcntl.flock(other, convert.fcntl.LOCK_EX)
+        run(error="another run")
     run("--max_steps=2")
     assert [path.read_text() for path in Path("out").glob("training_logs.jsonl.*")] == [text]
 
 
-def test_a_run_without_room_for_its_checkpoints_or_beside_another_is_refused(run):
-    full = SimpleNamespace(free=10**6)
-    with mock.patch.object(shutil, "disk_usage", return_value=full):
-        run(error="keep_checkpoints")
-    assert not Path("out").exists()
-    Path("out").mkdir()
-    with open("out/training_logs.jsonl", "a") as other:
-        convert.fcntl.flock(other, convert.fcntl.LOCK_EX)
-        run(error="another run")
-
-
-def test_a_resume_may_change_the_stages_and_the_batch(run):
+def test_a_resume_may_change_the_stages_and_the_batch_not_the_optimizer_or_the_dtype(run):
     run("--keep_checkpoints=9 --save_steps=1")
     go_back(8)
+    for flag in ("--use_8bit_adam", "--dtype=bfloat16"):
+        run(f"--resume {flag}", error=flag[2:7])
+    assert not Path("out/final").exists()
+
     run("--resume --keep_checkpoints=9 --stage2_epochs=0")
     assert sum(row["stage"][0] == "3" for row in rows_of("out") if "loss" in row) == 5, "whole"
     go_back(8)
@@ -1412,14 +1359,6 @@ def test_a_resume_may_change_the_stages_and_the_batch(run):
     assert rows_of("out")[-1]["step"] > 12
     go_back(99)
     run("--resume --stage3_epochs=0")
-
-
-@pytest.mark.parametrize("flag", ["--use_8bit_adam", "--dtype=bfloat16"])
-def test_a_resume_may_not_change_the_optimizer_or_the_dtype(run, flag):
-    run("--max_steps=2")
-    go_back(12)
-    run(f"--max_steps=2 --resume {flag}", error=flag[2:7])
-    assert not Path("out/final").exists()
 
 
 def test_a_checkpoint_is_intact_with_all_its_files_and_after_a_refused_write(tmp_path):
@@ -1489,7 +1428,8 @@ def test_auto_memory_checkpoints_then_takes_8_bit_adam_then_halves(monkeypatch):
     assert all(group["lr"] == 1e-6 for group in training["optimizer"].param_groups)
 
 
-def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(run, monkeypatch):
+@cases("adam", ["--use_8bit_adam=false", "--use_8bit_adam"])
+def test_a_step_that_is_not_finite_changes_nothing_and_ten_in_a_row_stop(run, monkeypatch, adam):
     loss, calls, bad = convert.DiffusionLM.loss, itertools.count(), [2, 3]
 
     def broken(self, *args, **kwargs):
@@ -1497,60 +1437,47 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop_the_run(run
         return value * math.nan if torch.is_grad_enabled() and next(calls) in bad else value
 
     monkeypatch.setattr(convert.DiffusionLM, "loss", broken)
-    assert run().count("skipped") == 2
+    assert run(f"{adam} --save_steps=1 --keep_checkpoints=99").count("skipped") == 2
     assert [row["step"] for row in rows_of("out") if row.get("loss", 0) is None] == [3, 4]
+    before, after, later = (Path(f"out/checkpoint_{step}") for step in (2, 4, 5))
+    assert weights(before) == weights(after) != weights(later)
+    states = [torch.load(path / "training.pt")["optimizer"]["state"] for path in (before, after)]
+    assert_close(*states, rtol=0, atol=0)
+
     bad += range(1000)
     run("--out_dir=bad", error="10 steps in a row", code=1)
 
 
-@pytest.mark.parametrize("use_8bit", [False, True])
-def test_a_bad_step_changes_no_weight_and_no_state(use_8bit):
-    model = diffusion(random_lm("llama")).train()
-    params = convert.freeze(model, "everything")
-    training = {"optimizer": convert.make_optimizer(params, use_8bit), "scaler": NO_SCALER}
-    stage = {"ar": 0.0, "distill": 0.0, "n_on_policy": 0, "steps": 10, "warmup": 0, "lr": 1e-3}
-
-    for step, weight in enumerate((1.0, math.nan)):
-        before = [p.detach().clone() for p in params]
-        loss, *_ = convert.train_step(
-            model, training, contextlib.nullcontext(), stage | {"diffusion": weight},
-            torch.randint(0, 99, (8, 16)), {"stage": 2, "step": step, "micro_batch": 4})
-        assert math.isfinite(loss) == (step == 0)
-        assert all(p.equal(old) for p, old in zip(params, before, strict=True)) == (step == 1)
-    assert all(state["step"] == 1 for state in training["optimizer"].state.values())
-
-
-def test_a_compiled_run_has_one_graph_a_mode(run):
+def test_a_compiled_run_has_one_graph_a_mode_and_the_same_losses(run):
+    flags = f"{NO_DROPOUT} --stage1_epochs=0"
+    run(flags)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    assert "goes on without" not in run(f"{NO_DROPOUT} --compile_model --stage1_epochs=0")
+    assert "goes on without" not in run(f"{flags} --compile_model --out_dir=b")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 2 + 1, "causal and bidirectional, for all layers and stages; and the trial"
+    check_same_losses(1e-3)
 
 
-def test_a_dry_run_leaves_out_dir_alone_and_debug_stops_after_20_steps(run):
-    run("--dry_run --max_steps=4000")
-    assert not Path("out").exists()
+def test_debug_stops_after_20_steps_and_too_much_memory_is_a_warning(run):
     out = run("--debug --max_steps=4000 --max_memory_gb=0.01 --log_steps=100")
     assert out.count("  norm ") == 20 and rows_of("out")[-1]["step"] == 20
-    assert out.count("more than 90 %") == 1, "a warning, once"
+    assert out.count("more than 90 %") == 1, "once"
 
 
-@pytest.mark.parametrize("flag, tolerance", [
-    ("--use_gradient_checkpointing", 1e-5), ("--compile_model", 1e-3),
-    ("--dtype=bfloat16", 0.02), ("--dtype=float16", 0)])
+@cases("flag, tolerance", [
+    ("--use_gradient_checkpointing", 1e-5), ("--dtype=bfloat16", 0.02), ("--dtype=float16", 0)])
 def test_what_saves_time_or_memory_changes_no_loss(convert_main, monkeypatch, flag, tolerance):
     block, calls = GPT2MLP.forward, []
     monkeypatch.setattr(GPT2MLP, "forward", lambda *args: calls.append(1) or block(*args))
     assert convert_main(*TINY, NO_DROPOUT, "--max_steps=8")[0] == 0
     once = len(calls)
 
-    code, out, err = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", flag)
-    assert code == 0 and "goes on without" not in out
+    code, _, err = convert_main(*TINY, NO_DROPOUT, "--max_steps=8", "--out_dir=b", flag)
+    assert code == 0
     assert ("float16 on a CPU becomes float32" in err) == (flag == "--dtype=float16")
-    if flag != "--compile_model":  # there it is not called
-        again = 2 * 10 if flag == "--use_gradient_checkpointing" else 0
-        assert len(calls) - 2 * once == again, "2 layers, 10 passes: two in each recovery step"
+    again = 2 * 10 if flag == "--use_gradient_checkpointing" else 0
+    assert len(calls) - 2 * once == again, "2 layers, 10 passes: two in each recovery step"
     check_same_losses(tolerance)
 
 
@@ -1617,9 +1544,8 @@ def check_verified(run_dir, cwd, *flags):
     assert len(found) == 3
     for x in found:
         ids = torch.tensor([convert.byte_tokenizer().encode(x["prompt"])])
-        greedy = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
-                             do_sample=False, eos_token_id=256)[0, ids.shape[1]:].tolist()
-        assert x["token_ids"] == [token for token in greedy if token != 256]
+        expected = greedy(lm, ids, 40, eos=256)[0].tolist()
+        assert x["token_ids"] == [token for token in expected if token != 256]
         assert x["equal"] == 3 and x["tokens_per_forward"] >= 1 and 0 <= x["acceptance"] <= 1
         assert x["tokens_per_s"] > 0 and x["ar_tokens_per_s"] > 0
 
@@ -1629,9 +1555,7 @@ def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp
     command = "convert.py", HERE / "config/tiny_block.py", "--on_policy_tokens=4000"
     script(*command, "--max_steps=60", "--eval_steps=30", cwd=tmp_path)
     check_it_learned(final.parent)
-    plain.mkdir()  # the Hugging Face part of it
-    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(final / file, plain)
+    shutil.copytree(final, plain, ignore=shutil.ignore_patterns("diffusion.*"))  # Hugging Face's
     flags = "--stage0_epochs=0 --use_lora --max_steps=16 --stage3_epochs=1 --on_policy_share=1"
     out, _ = script(*command, *f"{FROM}{plain} {flags} --out_dir=lora".split(), cwd=tmp_path)
     assert "nothing to recover" in out
@@ -1678,11 +1602,8 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
     folder = Path(SMOLLM2.origin).parent
     original = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=torch.float32)
-    held = np.fromfile(next((tmp_path / "model_cache").glob("tokens-*/held.bin")), np.uint16)
-    ids = torch.tensor(held.reshape(8, 64).astype(int))
-    with torch.no_grad():
-        loss = original(ids, labels=ids).loss
-    assert evals[0]["ar_ppl_before"] == pytest.approx(math.exp(loss), rel=1e-3)
+    ppl = held_out(original, 64, tmp_path)[1]
+    assert evals[0]["ar_ppl_before"] == pytest.approx(ppl, rel=1e-3)
     text = "The capital of France is"
     [found] = samples(f"--prompt={text}", "--max_new_tokens=4", "--steps=4", cwd=tmp_path)
     assert found["prompt"] == text and found["tokens"] <= 4
@@ -1702,24 +1623,20 @@ LLAMA = small_config(
 BLOCK = LLAMA + " --block_size=4 --full_mask_share=0.5 --distill_weight=1"  # flex_attention
 
 
-@pytest.mark.parametrize("flags, tolerance", [
-    ("", 1e-3), ("--compile_model", 1e-3), (SAVERS, 0.03), ("--dtype=float16", 0.03),
-    (SAVERS + " --compile_model --use_gradient_checkpointing", 0.03)])
+@cases("model, flags, tolerance", [
+    (NO_DROPOUT, "", 1e-3), (NO_DROPOUT, "--compile_model", 1e-3), (NO_DROPOUT, SAVERS, 0.03),
+    (NO_DROPOUT, "--dtype=float16", 0.03), (BLOCK, "", 1e-3),
+    (NO_DROPOUT, SAVERS + " --compile_model --use_gradient_checkpointing", 0.03),
+    (BLOCK + " --use_lora --stage0_epochs=0", "", 0.03)])
 @cuda
-def test_cuda_gives_the_losses_of_the_cpu(run, flags, tolerance):
-    run(NO_DROPOUT)
-    assert "goes on without" not in run(f"{NO_DROPOUT} --out_dir=b --device=cuda {flags}")
+def test_cuda_gives_the_losses_of_the_cpu_and_verifies(run, tmp_path, model, flags, tolerance):
+    run(model)
+    out = run(f"{model} {flags} --out_dir=b --device=cuda")
+    assert "goes on without" not in out and "a mask tensor" not in out
     check_same_losses(tolerance)
-
-
-@pytest.mark.parametrize("flags, tolerance", [("", 1e-3), (" --use_lora --stage0_epochs=0", 0.03)])
-@cuda
-def test_cuda_blocks_give_the_losses_of_the_cpu_and_verify(run, tmp_path, flags, tolerance):
-    run(BLOCK + flags)
-    assert "a mask tensor" not in run(f"{BLOCK}{flags} --out_dir=b --device=cuda")
-    check_same_losses(tolerance)
-    flags = "--out_dir=b", "--verify", "--compare", "--max_new_tokens=8"
-    assert samples(*flags, cwd=tmp_path)[0]["equal"] == 1
+    if "--block_size" in model:
+        verify = "--out_dir=b", "--verify", "--compare", "--max_new_tokens=8"
+        assert samples(*verify, cwd=tmp_path)[0]["equal"] == 1
 
 
 @cuda
@@ -1776,7 +1693,7 @@ def real_model(config):
     return model, convert.freeze(model, "everything")
 
 
-@pytest.mark.parametrize("family, more", [
+@cases("family, more", [
     ("llama", {}), ("llama", {"use_gradient_checkpointing": True}), ("llama", PAPER_BLOCKS),
     ("llama", PAPER_ADAPTERS), ("llama", {"dtype": "bfloat16"}), ("gemma2", {}), ("gpt2", {}),
     ("llama", {"gradient_accumulation_steps": 2})])
@@ -1838,7 +1755,7 @@ def test_the_ladder_takes_the_cheapest_memory_savers_that_help(small_settings, m
         assert found[0][0] == {} and gbs == sorted(gbs, reverse=True)
 
 
-@pytest.mark.parametrize("more", [{}, {"lm_loss_stages": "2"}, PAPER_BLOCKS, PAPER_ADAPTERS])
+@cases("more", [{}, {"lm_loss_stages": "2"}, PAPER_BLOCKS, PAPER_ADAPTERS])
 def test_the_flops_of_a_step_are_those_that_torch_counts(small_settings, more):
     small_settings(use_time_embedding=False, **more)
     model, _ = real_model(random_lm("llama", **PAPER | {"hidden_size": 128}).config)
@@ -1917,13 +1834,13 @@ def is_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("prepare", [runs_out, is_killed])
+@cases("prepare", [runs_out, is_killed])
 def test_memory_that_runs_out_in_a_process_is_said_in_one_line(prepare):
     with pytest.raises(convert.RunError, match="^out of memory"):
         bench.take_turns([prepare], ["step"])
 
 
-@pytest.mark.parametrize("flags, word", [
+@cases("flags, word", [
     ("--sweep=batch_sise=1", "batch_sise"), ("--sweep=batch_size=1,x", "batch_size"),
     ("--sweep=model_name", "values"), ("--sweep=sweep=a", "vary"), ("--batch_sise=1", "batch_size"),
     ("--estimate --block_size=7", "divide"), ("--estimate --max_seq_length=999", "positions"),
@@ -1957,12 +1874,11 @@ def quoted(path, name):
     return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", path.read_text(), re.S).group(1)
 
 
-def test_readme_is_short_and_quotes_the_surgery_word_for_word():
+def test_readme_quotes_the_surgery_word_for_word():
     readme, code = PAGES[0].read_text(), (HERE / "convert.py").read_text()
     surgery = re.search(r"# -- the surgery\n(.*?)\n *# -- end of the surgery", code, re.S).group(1)
     assert quoted(PAGES[0], "surgery") == f"```python\n{surgery}\n```"
     assert 10 <= len(surgery.splitlines()) <= 14
-    assert len(readme.splitlines()) <= 250
     assert not re.search("^[^|@ `\n].{100}", readme, re.M)  # prose; tables and code may be wider
 
 
