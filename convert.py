@@ -70,7 +70,7 @@ lora_targets = "auto"  # auto: all linear layers; attention: its own; or names, 
 dataset_name = "Salesforce/wikitext"  # hub name, pydoc, or .txt .jsonl .json .csv .parquet files
 dataset_config = "wikitext-103-raw-v1"  # configuration of a hub data set; "": its default
 text_column = "text"  # column with the text; a table of messages or prompts is chat data
-on_policy_tokens = 0  # train on this many tokens that the AR model writes itself; 0: none
+on_policy_tokens = 0  # train on this many tokens or more that the AR model writes; 0: none
 on_policy_share = 1.0  # share of on-policy windows in a step; below 1 unless use_lora
 cache_dir = "model_cache"  # tokenised data is kept here and reused
 max_seq_length = 512  # tokens in a window
@@ -1129,7 +1129,8 @@ def main(argv):
                 leave(stop)
         state["stage"], state["step"] = state["stage"] + 1, 0
     log["bar"].close()
-    evaluate_and_log(model, tokenizer, val_data, autocast, stages[-1], state, log)
+    trained = [stage for stage in stages if stage["steps"]]
+    evaluate_and_log(model, tokenizer, val_data, autocast, trained[-1], state, log)
     save(out, "final", model, tokenizer, state, log)
     print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
 
@@ -1398,7 +1399,7 @@ def log_step(loss, norm, lr, seconds, stage, state, log, device):
            "memory_gb": round(memory, 2)}
     left = tqdm.format_interval((log["steps"] - state["total"]) * mean_seconds)
     log_row(row, "loss {loss:8.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}  {tokens_per_s:8,} tokens/s"
-            "  {memory_gb:5.1f} GB  left " + left, stage, state, log)
+            "  {memory_gb:5.1f} GB  training left " + left, stage, state, log)
     state["losses"], log["seconds"] = [], []
 
 
@@ -1758,8 +1759,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
             report[name] = limit - math.ceil(left / length)
             if not report[name]:
                 raise UserError(f"dataset_name: too little {name} text for a window of {length} "
-                                "tokens (max_seq_length); near-duplicates left out: "
-                                f"{report['near_duplicates_left_out']}")
+                                "tokens; add text, or lower max_seq_length; near-duplicates left "
+                                f"out: {report['near_duplicates_left_out']}")
         (temporary / "report.json").write_text(json.dumps(report))
         if not folder.exists():  # else another run, started together with this one, was faster
             os.replace(temporary, folder)
@@ -1806,9 +1807,10 @@ def get_batch(windows, size, seed, stage, step):
     return torch.from_numpy(windows[rows].astype(np.int64))
 
 
-def ar_continue(lm, windows, eos, max_positions):
-    """windows (n, T) with what lm writes, greedily, after each prompt: what is asked in a chat, or
-    the first quarter. Prompts and padding become context, ~id."""
+def ar_continue(lm, windows, eos, max_positions, n):
+    """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
+    in a chat, or the first quarter. Prompts and padding become context, ~id."""
+    windows = windows[:n].astype(np.int64)
     T, device = windows.shape[1], lm.get_input_embeddings().weight.device
     ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()  # of turns as well
     ends = {eos, *ends} - {None}
@@ -1846,12 +1848,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         done = np.fromfile(path, np.int32).reshape(-1, T)
         bar.update(int((done >= 0).sum()))
         while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            at = len(done)
-
-            def work(n, at=at):
-                return ar_continue(lm, windows[at:at + n].astype(np.int64),
-                                   tokenizer.eos_token_id, model.max_positions)
-
+            work = functools.partial(ar_continue, lm, windows[len(done):], tokenizer.eos_token_id,
+                                     model.max_positions)
             new = with_less_memory(work, state, model)
             with errors_as(f"out_dir: cannot write {path}", RunError):
                 new.tofile(file)

@@ -42,7 +42,7 @@ top_p = 1.0  # with a temperature: only among the fewest that hold this share of
 verify = False  # a block model drafts, the causal mode of the same weights checks: its very output
 drafts = 3  # drafted tokens beyond the next, which is exact; at most block_size less 1
 branches = 4  # a check also drafts behind 0, 1, ... accepted tokens; 0: in a pass of its own
-compare = False  # decode the same with plain AR as well, and print both
+compare = False  # decode the same with plain AR as well: its speed, and how many texts are equal
 # run
 out_dir = ""  # folder of a run; "": the newest under outputs/
 checkpoint = ""  # a checkpoint of an unfinished run, instead of out_dir
