@@ -1089,8 +1089,8 @@ def main(argv):
     if checkpoint_dir:
         with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
             saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
-            own_text = {name: x.numpy() for name, x in saved["own_text"].items()
-                        if x.shape[1] == max_seq_length}
+            kept = saved["own_text"] if on_policy_tokens else {}
+            own_text = {k: x.numpy() for k, x in kept.items() if x.shape[1] == max_seq_length}
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
         if not stage["steps"]:  # skipped; an optimizer saved in it would not fit the next stage

@@ -386,7 +386,7 @@ def main(argv):
         print_sample(tokenizer, texts[i // num_samples], ids, holes, rows[i], end, figures)
     if not json:
         figures = ", ".join(f"{name} {value}" for name, value in figures.items())
-        print(f"{len(encoded)} texts from {folder} on {target}: {figures}")
+        print(f"{folder}, {target}: texts {len(encoded)}, {figures}")
 
 
 if __name__ == "__main__":
