@@ -587,8 +587,7 @@ class DiffusionLM(nn.Module):
             size = max(1, self.head_floats // self.mask_id)
             if len(rows) <= size:
                 return chunk_loss(*parts)
-            chunks = [part.split(size) for part in parts]
-            chunks = itertools.zip_longest(*chunks, fillvalue=kl_weights[:0])
+            chunks = [[part[i:i + size] for part in parts] for i in range(0, len(rows), size)]
             # recomputed in the backward pass: the logits of one chunk exist at a time
             return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
@@ -1076,7 +1075,7 @@ def main(argv):
     stages = make_stages(len(train_data))
     print_plan(model, stages, probe_report, train_data, val_data, data_report)
     disk_gb = check_disk(model, out)
-    set_up_model(model, state["checkpointing"])
+    set_up_model(model, state["checkpointing"], autocast)
     model.train()
     if dry_run:
         from bench import print_cost  # bench.py imports this module, so not before
@@ -1146,7 +1145,10 @@ def pick_device(name):
                    f"{torch.version.cuda} sees {n_cuda} CUDA devices, mps: {mps}"):
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
             raise ValueError("only cuda, mps and cpu will do")
-        return torch.zeros(1, device=name).device
+        found = torch.zeros(1, device=name).device
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # kernels of other libraries run on the current one
+    return found
 
 
 def pick_autocast(device, name, cache=True):
@@ -1207,7 +1209,43 @@ def checkpoint_layers(model):
         print("use_gradient_checkpointing: this architecture has none, so without")
 
 
-def set_up_model(model, checkpointing):
+def try_flex_attention(model, autocast):
+    """Give blocks flex_attention, if forward and backward run on this device and equal those of a
+    mask tensor; else print why not: some head sizes need more shared memory than a card has."""
+    n_blocks = max(1, 64 // model.block_size)  # both copies: 128 tokens, as fewer take other code
+    x0 = torch.arange(2 * n_blocks * model.block_size, device=model.device).view(2, -1)
+    x0 = x0 % model.mask_id
+    ids = torch.cat([x0, torch.where(x0 % 2 == 1, model.mask_id, x0)], 1)
+    t = torch.ones(2, 2 * n_blocks, device=model.device)
+    model.requires_grad_(False)
+    model.mask_embedding.requires_grad_(True)
+
+    def states_and_gradient(kernel):
+        model.lm.set_attn_implementation(kernel)
+        model.block_inputs.clear()
+        torch.manual_seed(0)  # the same dropout in both
+        with autocast:
+            states = model.hidden_of_blocks(ids, t)[1]
+        model.zero_grad()
+        states.float().square().mean().backward()
+        return states.detach(), model.mask_embedding.grad
+
+    try:
+        expected = states_and_gradient(model.kernel)
+        with errors_as("it does not run here"):
+            found = states_and_gradient("flex_attention")
+        exact = autocast.fast_dtype == expected[0].dtype == torch.float32
+        for x, y in zip(expected, found, strict=True):
+            if not (x - y).abs().max() < (1e-3 if exact else 0.05) * x.abs().max():
+                raise UserError("its results differ")
+    except UserError as error:
+        model.lm.set_attn_implementation(model.kernel)
+        print(f"block_size: no flex_attention, but a mask tensor: {error}")
+    model.zero_grad()
+    model.block_inputs.clear()
+
+
+def set_up_model(model, checkpointing, autocast):
     """Switch on what saves time or memory on the model's device and changes no loss."""
     cpu = model.device.type == "cpu"
     model.head_floats = 2**28 if cpu else 2**26  # 1 GB of logits where memory is the host's
@@ -1217,12 +1255,7 @@ def set_up_model(model, checkpointing):
     if checkpointing:
         checkpoint_layers(model)
     if model.block_size and model.device.type == "cuda":
-        try:
-            if getattr(model.lm.config.get_text_config(), "attention_dropout", 0):
-                raise ValueError("it has attention dropout")
-            model.lm.set_attn_implementation("flex_attention")
-        except ValueError as error:
-            print(f"block_size: no flex_attention, but a mask tensor: {first_line(error)}")
+        try_flex_attention(model, autocast)
     if compile_model:
         try:  # what a machine without a compiler lacks shows here, not in the first step
             torch.compile(torch.sin)(torch.ones(8, device=model.device))
