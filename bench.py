@@ -68,7 +68,8 @@ json = ""  # add the row to this file
 
 allowed = convert.allowed | {
     "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
-    "sample_steps": (1, 10**5), "threshold": (0, 1)}
+    "sample_steps": (1, 10**5), "threshold": (0, 1),
+    "prompts": Path, "profile": Path, "json": Path}
 
 
 def all_settings():
@@ -228,7 +229,7 @@ def plain_unmasking(model, text, new_tokens, passes):
     model.set_causal(not model.bidirectional)
     for left in range(min(passes, new_tokens), 0, -1):
         masked = ids == model.mask_id
-        logits = model(ids, model.t_for_mask_rate(masked.float().mean(1)))
+        logits = model(ids, convert.timestep(masked.float().mean(1, keepdim=True), model))
         logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         tokens = logits.argmax(-1)
         prob = logits.float().softmax(-1).gather(-1, tokens[..., None])[..., 0]
@@ -285,12 +286,12 @@ def matmul_tflops(device, autocast):
 def make_passes(model, chosen, step):
     """[forward_passes() of a micro-batch] of a step, with its noise."""
     size = convert.batch_size
-    t, noise = convert.sample_noise(
-        size * convert.gradient_accumulation_steps, convert.max_seq_length, convert.num_timesteps,
+    u, noise = convert.sample_noise(
+        size * convert.gradient_accumulation_steps, convert.max_seq_length,
         convert.seed_for("noise", convert.seed, 2, step), convert.block_size,
         convert.full_mask_share)
     x0 = torch.zeros(noise.shape, dtype=torch.long)
-    batch = convert.loss_weights(x0, t, noise, model, chosen["diffusion"], chosen["ar"])
+    batch = convert.loss_weights(x0, u, noise, model, chosen["diffusion"], chosen["ar"])
     parts = zip(*(x.split(size) for x in batch), strict=True)
     return [list(convert.forward_passes(part, size, model, chosen["distill"])) for part in parts]
 
@@ -471,7 +472,7 @@ def tracked_step(model, passes):
             torch.autograd.set_detect_anomaly(False):  # it would read values
         for inputs in passes:
             with autocast:
-                loss = model.loss(**inputs)
+                loss = model.loss(**inputs).sum()
             loss.backward()
     return dict.fromkeys(["weights", "gradients", "activations", "head"], 0) | tracker.peak
 

@@ -6,6 +6,7 @@ A file is Python that assigns settings and may compute from earlier ones; a flag
 import ast
 import difflib
 import math
+import os
 import re
 import types
 from pathlib import Path
@@ -48,6 +49,8 @@ def check_value(name, value, settings, rule, where):
     if type(value) is not kind or kind is float and not math.isfinite(value):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise UserError(f"{where}: {name} must be {wanted[kind]}, not {value!r}")
+    if rule is Path:
+        return os.path.expanduser(value)  # as no shell does behind --name=
     if isinstance(rule, set) and value not in rule:
         raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule))}, not '{value}'"
                         + did_you_mean(value, rule))
@@ -71,7 +74,7 @@ def from_file(path, settings):
     """What a config file assigns, but for modules, functions and names that start with _."""
     before = settings_in(settings) | {"__file__": path}
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), scope := dict(before))
+        exec(compile(Path(path).read_text("utf-8-sig"), path, "exec"), scope := dict(before))
     except (Exception, SystemExit) as error:  # it is the user's code, and may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     own = (types.ModuleType, types.FunctionType, type)
@@ -82,7 +85,7 @@ def from_file(path, settings):
 def configure(settings, argv, allowed):
     """Override settings (a module's globals()) by files and flags, left to right; the files.
 
-    allowed: {name: a set of values or (lowest, highest)}; other numbers must not be negative.
+    allowed: {name: a set of values, (lowest, highest) or Path}; other numbers must not be negative.
     """
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:

@@ -31,9 +31,11 @@ import sys
 import time
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
+import jinja2
 import numpy as np
 import torch
 import torch.nn as nn
@@ -69,6 +71,7 @@ lora_targets = "auto"  # auto: all linear layers; attention: its own; or names, 
 # data
 dataset_name = "Salesforce/wikitext"  # hub name, pydoc, or .txt .jsonl .json .csv .parquet files
 dataset_config = "wikitext-103-raw-v1"  # configuration of a hub data set; "": its default
+dataset_split = "train"  # split to train on, as train_sft; test splits are left alone
 text_column = "text"  # column with the text; a table of messages or prompts is chat data
 on_policy_tokens = 0  # train on this many tokens or more that the AR model writes; 0: none
 on_policy_share = 1.0  # share of on-policy windows in a step; below 1 unless use_lora
@@ -103,7 +106,7 @@ distill_weight = 0.0  # blocks only: weight of the KL to the model's own AR pred
 full_mask_share = 0.0  # blocks only: share of blocks masked entirely, as when drafting
 max_steps = 0  # optimizer steps of all stages together, shared out by epochs; 0: whole epochs
 # diffusion
-num_timesteps = 1000  # matters to the time embedding and at the ends of the schedule
+num_timesteps = 1000  # how finely the time embedding tells shares of masked tokens apart
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
@@ -127,7 +130,8 @@ dry_run = False  # time three steps per stage, print what the run would cost, wr
 debug = False  # 20 steps with anomaly detection; errors of libraries keep their traceback
 seed = 1337  # of data order, noise, dropout and random weights
 
-# a set of values or (lowest, highest); a number without an entry must not be negative
+# a set of values, (lowest, highest), or Path, in which ~ is the home folder; a number without an
+# entry must not be negative
 allowed = dict.fromkeys((
     "max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
     "log_steps", "keep_checkpoints"), (1, 10**9))
@@ -138,7 +142,9 @@ allowed |= {
     "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
     "lora_rank": (1, 10**4), "lora_dropout": (0, 0.99),
     "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1),
-    "max_seq_length": (2, 10**6), "num_timesteps": (1, 10**6), "seed": (0, 2**31),
+    "out_dir": Path, "cache_dir": Path, "checkpoint": Path, "model_name": Path,
+    "dataset_name": Path, "tokenizer_name": Path, "max_seq_length": (2, 10**6),
+    "num_timesteps": (1, 10**6), "seed": (0, 2**31),
 }
 
 
@@ -174,11 +180,10 @@ def check_settings():
 
 
 # ----------------------------------------------------------------------------------------------
-# Masked diffusion in discrete time (MDLM, https://arxiv.org/abs/2406.07524; LLaDA,
-# https://arxiv.org/abs/2502.09992): at timestep t a token is a mask with probability 1 - alpha(t).
-def alpha(t, num_timesteps, schedule):
-    """Share of tokens still clean at t (LongTensor, 0..num_timesteps), float64: from 1 to 0."""
-    u = t.double() / num_timesteps
+# Masked diffusion (MDLM, https://arxiv.org/abs/2406.07524; LLaDA,
+# https://arxiv.org/abs/2502.09992): at time u a share alpha(u) of the tokens is still clean.
+def alpha(u, schedule):
+    """Share of tokens still clean at time u (float64 in 0..1): from 1 to 0."""
     return {
         "cosine": torch.cos(math.pi * u / 2) ** 2,  # https://arxiv.org/abs/2102.09672, eq. 17
         "linear": 1 - u,
@@ -187,11 +192,14 @@ def alpha(t, num_timesteps, schedule):
     }[schedule]
 
 
-def elbo_weight(t, num_timesteps, schedule):
-    """Weight of a masked token in the NELBO (MDLM, eq. 8), with n timesteps:
-    n (alpha(t-1) - alpha(t)) / (1 - alpha(t))."""
-    now, before = alpha(t, num_timesteps, schedule), alpha(t - 1, num_timesteps, schedule)
-    return num_timesteps * (before - now) / (1 - now)  # times the mask rate, its mean over t is 1
+def time_at(mask_rate, schedule):
+    """The time at which this share of the tokens is masked: the inverse of 1 - alpha."""
+    return {
+        "cosine": mask_rate.sqrt().asin() * 2 / math.pi,
+        "linear": mask_rate,
+        "polynomial": mask_rate.sqrt(),
+        "sqrt": mask_rate**2,
+    }[schedule]
 
 
 def seed_for(*parts):
@@ -200,37 +208,54 @@ def seed_for(*parts):
     return int.from_bytes(digest, "big")
 
 
-def sample_noise(n, length, num_timesteps, noise_seed, block_size=0, full_mask_share=0.0):
-    """Timesteps t (n, n_blocks) and uniform noise (n, length), float64, on the CPU.
+def sample_noise(n, length, noise_seed, block_size=0, full_mask_share=0.0):
+    """Times u (n, n_blocks) and uniform noise (n, length), float64, on the CPU.
 
-    One timestep in 1..num_timesteps per block, stratified: those of a batch cover the range evenly,
-    which lowers the variance of the loss. num_timesteps + 1 marks a block to be masked entirely.
+    One time in 0..1 per block, stratified: those of a batch cover the range evenly, which lowers
+    the variance of the loss. 1 marks a block to be masked entirely.
     """
     generator = torch.Generator().manual_seed(noise_seed)
     n_blocks = length // (block_size or length)
     u = torch.randperm(n * n_blocks, generator=generator)
     u = u + torch.rand(len(u), generator=generator, dtype=torch.float64)  # one draw per stratum
-    u = (u / len(u)).view(n, n_blocks)
-    t = 1 + (u / max(1 - full_mask_share, 1e-9) * num_timesteps).long()  # u below it, stretched
-    t = t.clamp(max=num_timesteps)
-    t = torch.where(u < 1 - full_mask_share, t, num_timesteps + 1)
-    return t, torch.rand(n, length, generator=generator, dtype=torch.float64)
+    u = (u / len(u)).view(n, n_blocks) / max(1 - full_mask_share, 1e-9)
+    return u.clamp(max=1), torch.rand(n, length, generator=generator, dtype=torch.float64)
 
 
-def mask_tokens(x0, t, noise, maskable, mask_id, num_timesteps, schedule):
-    """The forward process: (xt, masked), both (B, T); each maskable token of x0 is masked with
-    probability 1 - alpha(t). t: (B, n_blocks)."""
-    mask_rate = 1 - alpha(t, num_timesteps, schedule)
-    masked = maskable & (noise < mask_rate.repeat_interleave(x0.shape[1] // t.shape[1], 1))
-    return x0.masked_fill(masked, mask_id), masked
+def mask_tokens(x0, u, noise, maskable, mask_id, schedule):
+    """The forward process: (xt, masked, weight), all (B, T). u: (B, n_blocks).
+
+    Of the m maskable tokens of a block l are masked, the share 1 - alpha(u) rounded up: their
+    number has no noise of its own, which lowers the variance of the loss (LLaDA, eq. 6). The weight
+    1 / (l P(l)), with P(l) the probability of l, makes its mean the NELBO under any schedule. A
+    block masked entirely (u = 1), as blocks are when drafting starts, weighs 1.
+    """
+    maskable = maskable.view(*u.shape, -1)  # (B, n_blocks, block)
+    m = maskable.sum(2).clamp(min=1)
+    count = (m * (1 - alpha(u, schedule))).ceil().clamp(min=1)
+    rank = noise.view(maskable.shape).masked_fill(~maskable, 2).argsort(2).argsort(2)
+    masked = (maskable & (rank < count[..., None])).view(x0.shape)
+    probability = time_at(count / m, schedule) - time_at((count - 1) / m, schedule)
+    weight = torch.where(u < 1, 1 / (count * probability), 1.0)
+    weight = weight.repeat_interleave(x0.shape[1] // u.shape[1], 1)
+    return x0.masked_fill(masked, mask_id), masked, weight
 
 
-def loss_weights(x0, t, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0):
+def timestep(mask_rate, model):
+    """The timestep, 1..num_timesteps, at which this share of a window or block is masked. The time
+    embedding is told it: a function of xt, so training and sampling cannot disagree."""
+    u = time_at(mask_rate, model.noise_schedule)
+    return (u * model.num_timesteps).ceil().long().clamp(1, model.num_timesteps)
+
+
+def loss_weights(x0, u, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0, schedule=None,
+                 first_known=False):
     """Mask a batch, and weigh each token in each loss: (x0, xt, t, diffusion_w, ar_w).
 
-    x0 (B, T): token ids, ~id for context that is never masked and never scored. t (B, n_blocks) and
+    x0 (B, T): token ids, ~id for context that is never masked and never scored. u (B, n_blocks) and
     noise (B, T): of sample_noise(). diffusion, ar: weights of the losses. The first n_on_policy
-    windows were written by the model itself and get no AR loss. Weights are divided by the tokens
+    windows were written by the model itself and get no AR loss. schedule: instead of the model's.
+    first_known: blocks keep their first token, as in sampling. Weights are divided by the tokens
     of the whole batch, so the losses of micro-batches add up to nats per token.
     """
     block = model.block_size or x0.shape[1]
@@ -238,23 +263,23 @@ def loss_weights(x0, t, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0):
     scored = (x0 >= 0) & (position > 0)  # nothing predicts the first token of a window
     ar_scored = scored & (torch.arange(len(x0)) >= n_on_policy)[:, None]
     x0 = torch.maximum(x0, ~x0)  # ~id back to id
+    # behind the end of its text a window is filled with ends, of which the AR loss needs but one
+    repeats = (x0 == model.end_id) & (x0.roll(1, 1) == model.end_id)
+    ar_scored = ar_scored & ~repeats
 
-    # 1) masks; num_timesteps + 1 marks a block masked entirely, as blocks are when drafting starts
-    fully_masked = t > model.num_timesteps
-    t = t.clamp(max=model.num_timesteps)
-    process = model.num_timesteps, model.noise_schedule
-    xt, masked = mask_tokens(x0, t, noise, scored, model.mask_id, *process)
-
-    # 2) the diffusion loss: a masked token counts by the ELBO, or 1 in a fully masked block
+    # 1) masks, and how much each counts in the diffusion loss
+    first = bool(model.block_size) & (position % block == 0)
+    maskable = scored & ~first if first_known else scored
+    xt, masked, weight = mask_tokens(x0, u, noise, maskable, model.mask_id,
+                                     schedule or model.noise_schedule)
+    t = timestep((xt == model.mask_id).view(*u.shape, -1).double().mean(2), model)  # (B, n_blocks)
     per_token = diffusion / scored.sum().clamp(min=1)
-    weight = torch.where(fully_masked, 1.0, elbo_weight(t, *process))  # (B, n_blocks)
-    diffusion_w = masked * per_token * weight.repeat_interleave(block, 1)
+    diffusion_w = masked * per_token * weight
 
-    # 3) the AR loss. In block mode the first token of a block belongs here too: it is predicted
+    # 2) the AR loss. In block mode the first token of a block belongs here too: it is predicted
     # from a clean state, so noise does not matter to it: it counts 1, as a token does on average
     ar_w = ar * ar_scored / ar_scored.sum().clamp(min=1)
     if model.block_size:
-        first = position % block == 0
         diffusion_w = diffusion_w.masked_fill(first, 0)
         ar_w = ar_w + per_token * (first & ar_scored)
     return x0, xt, t, diffusion_w, ar_w
@@ -377,8 +402,7 @@ class DiffusionLM(nn.Module):
         self.window = (windows or [None])[0]
 
         # 3) what the methods below keep between calls
-        mask_rates = 1 - alpha(torch.arange(num_timesteps + 1), num_timesteps, noise_schedule)
-        self.register_buffer("mask_rates", mask_rates.float(), persistent=False)
+        self.end_id = -1  # of the tokenizer's end of text, if it has one
         self.block_inputs = {}  # attention_inputs() of [clean | noisy] by length, built once
         self.gate = None  # (B or 1, L, 1), 1 where adapters act; None: everywhere
         self.adapters, self.lora_config = [], None  # [(parent, name, LoRA layer)]
@@ -480,11 +504,6 @@ class DiffusionLM(nn.Module):
             if kernel != self.kernel:
                 self.lm.set_attn_implementation(kernel)
 
-    def t_for_mask_rate(self, share):
-        """The timestep (B, 1) at which a share (B,) of the tokens is masked."""
-        t = torch.searchsorted(self.mask_rates, share[:, None])
-        return t.clamp(1, self.num_timesteps)
-
     def attention_inputs(self, meta, cache=None):
         """Position ids, attention mask, adapter gate and cache of hidden(), for tokens at meta
         (3, B or 1, L). They also attend to the tokens of a cache, and are added to it."""
@@ -550,7 +569,7 @@ class DiffusionLM(nn.Module):
         return self.head(output, states.flatten(0, 1)[rows][None])[0]
 
     def loss(self, attention, ids, t, rows, targets, weights, teacher_rows=None, kl_weights=None):
-        """The weighted sum of the cross-entropies of one pass of forward_passes(), a scalar.
+        """The weighted cross-entropies (N,) of one pass of forward_passes(), to be summed.
 
         rows (N,) of the flattened hidden states predict targets (N,). The first M also get a KL,
         times kl_weights (M,), to the AR prediction at teacher_rows (M,), which gets no gradient.
@@ -573,14 +592,14 @@ class DiffusionLM(nn.Module):
 
         def chunk_loss(states, targets, weights, teacher_states, kl_weights):
             logits = self.head(output, states[None])[0].float()  # (N, V), softmax in float32
-            loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+            losses = F.cross_entropy(logits, targets, reduction="none") * weights
             if len(kl_weights):
                 with torch.no_grad():  # the AR mode teaches, and is not bent towards the drafts
                     teacher = self.head(output, teacher_states[None])[0].float().log_softmax(-1)
                 student = logits[:len(teacher)].log_softmax(-1)
                 kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-                loss = loss + (kl * kl_weights).sum()
-            return loss
+                losses = losses + F.pad(kl * kl_weights, (0, len(losses) - len(kl)))
+            return losses
 
         with record_function("head"):
             parts = states[rows], targets, weights, states[teacher_rows].detach(), kl_weights
@@ -589,7 +608,8 @@ class DiffusionLM(nn.Module):
                 return chunk_loss(*parts)
             chunks = [[part[i:i + size] for part in parts] for i in range(0, len(rows), size)]
             # recomputed in the backward pass: the logits of one chunk exist at a time
-            return sum(recompute(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+            return torch.cat([recompute(chunk_loss, *chunk, use_reentrant=False)
+                              for chunk in chunks])
 
 
 def attention_modules(module):
@@ -798,12 +818,12 @@ def forward_at(model, ids, start, pad, block_id, t=None, rows=None, cache=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options):
+def generate(model, prompts, new_tokens, steps, ends=(), watch=None, **options):
     """Continue prompts (lists of ids), or fill the masks in them, in the way the model was trained.
 
     A whole-sequence model fills prompt and new_tokens masks in at most `steps` passes. A block
     model writes block after block behind a KV cache, each in its share of the steps, until every
-    text has its `end`. options: of unmask(). Returns (lists of ids, forward passes).
+    text has one of its `ends`. options: of unmask(). Returns (lists of ids, forward passes).
     """
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     P = max(map(len, prompts))
@@ -811,13 +831,13 @@ def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options)
     ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=model.device)
     if model.block_size:
         n_blocks = math.ceil(new_tokens / model.block_size)
-        ids, forwards = generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options)
+        ids, forwards = generate_blocks(model, ids, pad, n_blocks, steps, ends, watch, options)
     else:
         ids = F.pad(ids, (0, new_tokens), value=model.mask_id)
         T, causal, padded = ids.shape[1], not model.bidirectional, len(set(map(len, prompts))) > 1
 
         def predict(ids, n_masked, rows, cols):
-            t = model.t_for_mask_rate(n_masked / (lengths + new_tokens))  # as in training
+            t = timestep(n_masked / (lengths + new_tokens), model)[:, None]
             rows = rows * T + cols - 1
             if padded:
                 return forward_at(model, ids, 0, pad, 0 if causal else 1, t, rows)
@@ -829,7 +849,7 @@ def generate(model, prompts, new_tokens, steps, end=None, watch=None, **options)
     return [row[P - len(p):P + new_tokens] for row, p in texts], forwards
 
 
-def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
+def generate_blocks(model, ids, pad, n_blocks, steps, ends, watch, options):
     """generate() of a block model, behind ids (B, P) and their padding: (ids, forward passes)."""
     B, P = ids.shape
     k, cache, cached, forwards = model.block_size, new_cache(model.device), 0, 0
@@ -845,7 +865,7 @@ def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
 
         # 2) the rest of the block is unmasked behind it
         def predict(block, n_masked, rows, cols, start=start):
-            t = model.t_for_mask_rate(n_masked / k)
+            t = timestep(n_masked / k, model)[:, None]
             logits = forward_at(model, block, start, pad, 1, t, rows * k + cols - 1, cache)
             crop_cache(cache, k)  # masks leave no trace
             return logits
@@ -858,7 +878,7 @@ def generate_blocks(model, ids, pad, n_blocks, steps, end, watch, options):
         block, passes = unmask(predict, block, model.mask_id, max(1, round(steps / n_blocks)),
                                watch=show if watch else None, **options)
         ids, forwards = torch.cat([ids, block], 1), forwards + 1 + passes
-        if end is not None and (ids[:, P:] == end).any(1).all():
+        if all(not set(ends).isdisjoint(text) for text in ids[:, P:].tolist()):
             break
     return ids, forwards
 
@@ -961,29 +981,59 @@ def lr_factor(step, steps, warmup, schedule):
 @torch.no_grad()
 def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
     """Metrics on windows (n, T) of a model in eval mode, with fixed noise: eval_nelbo in nats per
-    token, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the causal mode."""
+    token, its standard error over windows, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the
+    causal mode. For blocks also eval_nelbo_sampler: the bound of what the sampler does, which
+    takes the first token of a block from the causal state before it unmasks the others."""
     x0 = torch.from_numpy(windows.astype(np.int64))  # (n, T)
-    t, noise = sample_noise(*x0.shape, model.num_timesteps, noise_seed, model.block_size)
+    u, noise = sample_noise(*x0.shape, noise_seed, model.block_size)
 
-    def mean_loss(diffusion, ar):
-        batch, losses = loss_weights(x0, t, noise, model, diffusion, ar), []
-        for inputs in forward_passes(batch, micro_batch, model):
-            with autocast:
-                losses.append(model.loss(**inputs))
-        return float(sum(losses))
+    def losses(diffusion, ar, first_known=False):
+        # the linear schedule makes all counts of masks equally likely, which has least variance
+        batch = loss_weights(x0, u, noise, model, diffusion, ar, 0, "linear", first_known)
+        total = torch.zeros(len(x0), device=model.device)  # by window
+        for start in range(0, len(x0), micro_batch):
+            part = [x[start:start + micro_batch] for x in batch]
+            for inputs in forward_passes(part, micro_batch, model):
+                with autocast:
+                    found = model.loss(**inputs)
+                rows = inputs["rows"].to(model.device) // inputs["ids"].shape[1]
+                total.index_add_(0, start + rows, found)
+        return total
 
-    nelbo, ar_loss = mean_loss(1.0, 0.0), mean_loss(0.0, 1.0)  # nats per token
-    scored = [row[1:][row[1:] >= 0] for row in windows]
+    of_windows = losses(1.0, 0.0)
+    nelbo, ar_loss = of_windows.sum().item(), losses(0.0, 1.0).sum().item()  # nats per token
+    error = of_windows.std(correction=min(1, len(x0) - 1)) * len(x0) ** 0.5
+    row = {"eval_nelbo": nelbo, "eval_nelbo_se": error.item()}
+    if model.block_size:
+        row["eval_nelbo_sampler"] = losses(1.0, 0.0, first_known=True).sum().item()
+    scored = [ids[1:][ids[1:] >= 0] for ids in windows]
     n_bytes = sum(len(tokenizer.decode(x, skip_special_tokens=True).encode()) for x in scored)
     bits = nelbo * sum(map(len, scored)) / math.log(2)
-    return {"eval_nelbo": nelbo, "eval_ppl_bound": math.exp(min(nelbo, 700)),
-            "eval_bpb": bits / max(1, n_bytes), "ar_ppl": math.exp(min(ar_loss, 700))}
+    return row | {"eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / max(1, n_bytes),
+                  "ar_ppl": math.exp(min(ar_loss, 700))}
 
 
-def encode_prompt(model, tokenizer, prompt, new_tokens):
-    """The ids of a prompt; an empty one starts a document, after an end of text. UserError if it
-    and new_tokens more, in whole blocks, exceed the model's positions."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id or 0]
+def opening(tokenizer):
+    """[BOS] where the tokenizer opens a text with it, else []. A model that was trained behind a
+    BOS reads badly without, so every window and prompt starts with it, as context."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+
+
+def end_ids(lm, tokenizer):
+    """All that ends a text: the tokenizer's end of text, and the ends of generation_config, which
+    are ends of turns as well."""
+    ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+def encode_prompt(model, tokenizer, prompt, new_tokens, start=None):
+    """The ids of a prompt behind start, by default BOS; an empty one starts a document, after BOS
+    or an end of text. UserError if it and new_tokens more, in whole blocks, exceed the model's
+    positions."""
+    ids = opening(tokenizer) if start is None else start
+    ids = ids + tokenizer.encode(prompt, add_special_tokens=False)
+    ids = ids or [tokenizer.eos_token_id or 0]
     block = model.block_size or 1
     length = len(ids) + math.ceil(new_tokens / block) * block
     if length > model.max_positions:
@@ -1010,8 +1060,8 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
         state["ar_ppl_before"] = row["ar_ppl"]
     row = row | {"ar_ppl_before": state["ar_ppl_before"]}
-    log_row(row, "eval_nelbo {eval_nelbo:.4f}  eval_bpb {eval_bpb:.3f}  ar_ppl {ar_ppl:.3f} "
-            "(before: {ar_ppl_before:.3f})  {sample!r}", stage, state, log)
+    log_row(row, "eval_nelbo {eval_nelbo:.4f} (se {eval_nelbo_se:.4f})  eval_bpb {eval_bpb:.3f}  "
+            "ar_ppl {ar_ppl:.3f} (before: {ar_ppl_before:.3f})  {sample!r}", stage, state, log)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1020,9 +1070,9 @@ def train_step(model, training, autocast, stage, x0, state):
     """One optimizer step on x0 (N, T): (loss, gradient norm, learning rate). If loss or norm is not
     finite, no weight changes."""
     where = seed, state["stage"], state["step"]
-    t, noise = sample_noise(*x0.shape, model.num_timesteps, seed_for("noise", *where),
-                            model.block_size, full_mask_share)
-    batch = loss_weights(x0, t, noise, model, stage["diffusion"], stage["ar"],
+    u, noise = sample_noise(*x0.shape, seed_for("noise", *where), model.block_size,
+                            full_mask_share)
+    batch = loss_weights(x0, u, noise, model, stage["diffusion"], stage["ar"],
                          stage["n_on_policy"])  # of all windows at once, on the CPU
 
     def forward_backward(micro_batch):
@@ -1031,7 +1081,7 @@ def train_step(model, training, autocast, stage, x0, state):
         total = torch.zeros((), device=model.device)  # summed there: nothing waits in here
         for inputs in forward_passes(batch, micro_batch, model, stage["distill"]):
             with autocast:
-                loss = model.loss(**inputs)
+                loss = model.loss(**inputs).sum()
             with record_function("backward"):  # before the next pass switches attention
                 training["scaler"].scale(loss).backward()
             total += loss.detach()
@@ -1072,6 +1122,9 @@ def main(argv):
     encode_prompt(model, tokenizer, sample_prompt, 32)  # if it is too long, that shows now
     probe_report = probe(model.to(device), max_seq_length)
     train_data, val_data, data_report = load_data(tokenizer)
+    if state["data"] not in (0, data_report["crc32"]):
+        print("resume: no longer the run it was: the data has changed")
+    state["data"] = data_report["crc32"]
     stages = make_stages(len(train_data))
     print_plan(model, stages, probe_report, train_data, val_data, data_report)
     disk_gb = check_disk(model, out)
@@ -1341,7 +1394,7 @@ def print_plan(model, stages, probe_report, train_data, val_data, data_report):
     print("probe: the last token moves position 0 by {:.0e} if causal, {:.0e} if bidirectional"
           .format(*probe_report))
     print(f"data: {len(train_data):,} windows of {max_seq_length} tokens, {len(val_data):,} held "
-          f"out; {data_report['near_duplicates_left_out']} near-duplicates left out, "
+          f"out; {left_out(data_report)}, "
           f"{data_report['held_out_share_in_training']:.1%} of held-out text is in training too")
     print(f"step: {tokens:,} tokens, {max(s['n_on_policy'] for s in stages)} windows on-policy\n")
     print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}"
@@ -1525,7 +1578,8 @@ def find_checkpoint(out):
     """
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
              "micro_batch": batch_size, "checkpointing": use_gradient_checkpointing,
-             "adam_8bit": use_8bit_adam, "ar_ppl_before": None, "log_bytes": 0, "wandb_id": ""}
+             "adam_8bit": use_8bit_adam, "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "",
+             "data": 0}
     finished, newest_first = (out / "final").exists(), checkpoints(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out_dir: '{out}' is a file")
@@ -1583,30 +1637,64 @@ def check_disk(model, out):
 
 # ----------------------------------------------------------------------------------------------
 # Data: tokenised once, into windows that each epoch visits once in an order of its own
-def find_files(name, config, cache):
-    """The arguments of load_dataset() for a hub name, a file, or a folder of files of one kind."""
+def find_files(name, kinds):
+    """({split: files} of a file or folder, the kind they all are of): a file's split is in its name
+    or that of its folder, as train-00000-of-00001 or validation/, else it is train."""
+    path = Path(name)
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in kinds and p.name[0] != "."
+                       and p.name != "dataset_infos.json")  # a hub clone has it beside its data
+    found = sorted({p.suffix for p in files})
+    if len({kinds.get(suffix) for suffix in found}) != 1 or found[0] not in kinds:
+        examples = [next(p.name for p in files if p.suffix == suffix) for suffix in found]
+        there = f", it has {' and '.join(examples)}" if examples else ""
+        raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all "
+                        + " or ".join(kinds) + there)
+    splits = {}
+    for file in files:
+        inside = str(file.relative_to(path)) if path.is_dir() else ""
+        shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", inside)
+        word = re.search(r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?![a-z])", inside)
+        split = shard[1] if shard else word[1] if word else "train"
+        splits.setdefault(split, []).append(file)
+    return splits, kinds[found[0]]
+
+
+def load_splits(name, config, cache):
+    """({split: data set} of a hub name, a file, a folder of files, or one of save_to_disk(), the
+    kind of its files)."""
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
              ".parquet": "parquet"}
-    path = Path(name).expanduser()
-    if not (path.exists() or path.suffix in kinds or name[:1] in (".", "/", "~")):
-        return {"path": name, "name": config or None}
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds)
-    found = {kinds.get(p.suffix) for p in files}
-    if len(found) != 1 or None in found:
-        raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all "
-                        + " or ".join(kinds))
-    what = {"path": found.pop(), "cache_dir": f"{cache}/datasets",
-            "data_files": [glob.escape(str(p)) for p in files]}
-    if what["path"] == "text":
-        what |= {"sample_by": "document"}
-        if not any(p.stat().st_size for p in files):
-            raise UserError(f"dataset_name: '{name}' holds no text")
-        if len(files) == 1:  # by line, or a large file would be in memory as a whole
-            what |= {"sample_by": "line", "keep_linebreaks": True}
-    return what
+    path, kind = Path(name), None
+    import datasets  # slow to import
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        with errors_as(f"dataset_name: '{name}' cannot be loaded"):
+            splits = datasets.load_from_disk(name)
+            return (splits if isinstance(splits, dict) else {"train": splits}), kind
+    what = {"path": name, "name": config or None}
+    if path.exists() or path.suffix in kinds or name[:1] in (".", "/"):
+        files, kind = find_files(name, kinds)
+        paths = {split: [glob.escape(str(p.absolute())) for p in found]
+                 for split, found in files.items()}
+        what = {"path": kind, "data_files": paths, "cache_dir": f"{cache}/datasets"}
+        if kind != "parquet":
+            what["encoding"] = "utf-8-sig"  # a byte order mark is no text
+        if kind == "text":
+            what["sample_by"] = "document"
+            if not any(p.stat().st_size for found in files.values() for p in found):
+                raise UserError(f"dataset_name: '{name}' holds no text")
+            if sum(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
+                kind = "lines"
+                what |= {"sample_by": "line", "keep_linebreaks": True}
+    with errors_as(f"dataset_name: '{name}' cannot be loaded"):
+        return datasets.load_dataset(**what), kind
 
 
-def read_corpus(name, config, column, cache, answered=False):
+def read_corpus(name, config, split, column, cache, answered=False):
     """{train, held: texts, held None without a validation split; lines: how many texts make up a
     document; chat: whether texts are conversations, as JSON; key: changes with the data}.
 
@@ -1616,68 +1704,156 @@ def read_corpus(name, config, column, cache, answered=False):
         from pydoc_data.topics import topics
         texts = [re.sub(" {2,}", " ", text) for text in topics.values()]
         return {"train": texts, "held": None, "lines": 1, "chat": False, "key": sys.version}
-    what = find_files(name, config, cache)
-    import datasets  # slow to import
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    with errors_as(f"dataset_name: '{name}' cannot be loaded"):
-        splits = datasets.load_dataset(**what)
-        splits = {"train": splits["train"]} | {k: v for k, v in splits.items() if len(v)}
-    has, column = splits["train"].column_names, "text" if what["path"] == "text" else column
-    chat = column not in has and bool({"messages", "prompt"} & set(has))
-    if chat and not answered and not {"messages", "response"} & set(has):
-        raise UserError(f"dataset_name: '{name}' has prompts but no response; with --use_lora "
-                        "--on_policy_tokens=... the model answers them itself")
-    names = ["train", *[k for k in ("validation", "valid", "dev") if k in splits][:1]]
-    key = [column, *(splits[k]._fingerprint for k in names)]
-    corpus = {"held": None, "lines": 1, "chat": chat, "key": key}
-    for name_of_split, part in zip(names, ("train", "held"), strict=False):
-        there = splits[name_of_split].column_names
-        if not chat and column not in there:
-            raise UserError(f"text_column: '{name}' has no '{column}', it has {', '.join(there)}"
-                            + did_you_mean(column, there))
-        if not chat:
-            corpus[part] = splits[name_of_split][column]
-        elif set(has) <= set(there):
-            corpus[part] = conversations(splits[name_of_split])
+    splits, kind = load_splits(name, config, cache)
+    if split not in splits:
+        raise UserError(f"dataset_split: '{name}' has no '{split}', it has {', '.join(splits)}"
+                        + did_you_mean(split, splits))
+    train, held = splits[split], None
+    for word in ("validation", "valid", "val", "dev"):  # train_sft goes with validation_sft
+        held = held or splits.get(split.replace("train", word) if "train" in split else word)
+    has = train.column_names
+    if kind in ("text", "lines"):
+        column = "text"
+    chat = column not in has and bool({"messages", "conversations", "prompt"} & set(has))
+    if not chat and column not in has:
+        raise UserError(f"text_column: '{name}' has no '{column}', it has {', '.join(has)}"
+                        + did_you_mean(column, has))
+    if kind == "json" and len(train) == 1:
+        raise UserError(f"dataset_name: '{name}' is one row; write one JSON object a line, or a "
+                        "list of objects")
+    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, train._fingerprint]}
+    for part, table in {"train": train, "held": held}.items():
+        if chat and table and set(has) <= set(table.column_names):
+            corpus[part] = conversations(table, name, answered)
+        elif not chat and table and column in table.column_names:
+            corpus[part] = table[column]
+        if part == "held" and corpus["held"] is not None:
+            corpus["key"].append(table._fingerprint)
     head = [text or "" for text in corpus["train"][:1000]]
-    if not any(head) or not all(isinstance(text, str) for text in head):
+    if not all(isinstance(text, str) for text in head):
+        raise UserError(f"text_column: '{column}' of '{name}' holds {train.features[column]}, "
+                        "not text")
+    if not any(head):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
-    if "keep_linebreaks" in what:  # documents of a few lines each, so that some can be held out
+    if kind == "lines":  # documents of a few lines each, so that some can be held out
         if len(corpus["train"]) < 1000:
             corpus["train"] = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
         corpus["lines"] = max(2, min(256, len(corpus["train"]) // 50))
-    elif what["path"] != "text" and not chat:  # rows may be lines of one text, as in wikitext
+    elif kind != "text" and not chat:  # rows may be lines of one text, as in wikitext
         n_lines = sum(not text or text.find("\n") == len(text) - 1 for text in head)
         corpus["lines"] = 256 if n_lines > 0.98 * len(head) else 1
     return corpus
 
 
-def conversations(table):
-    """The rows of a data set as JSON lists of messages."""
-    if "messages" in table.column_names:
-        return [json.dumps(messages or [], default=str) for messages in table["messages"]]
-    answers = table["response"] if "response" in table.column_names else [""] * len(table)
-    return [json.dumps([{"role": "user", "content": prompt},
-                        {"role": "assistant", "content": answer}], default=str)
-            for prompt, answer in zip(table["prompt"], answers, strict=True)]
+def conversations(table, name, answered):
+    """The rows of a data set as JSON: {messages, complete: whether the last one is the answer}.
+
+    Prompts without answers are a UserError unless the model will answer them.
+    """
+    has = set(table.column_names)
+    for column in ("messages", "conversations"):
+        if column in has:
+            return [json.dumps({"messages": rows, "complete": True}, default=lambda other: None)
+                    for rows in table[column]]
+    column = next((c for c in ("response", "completion") if c in has), None)
+    if not column and not answered:
+        raise UserError(f"dataset_name: '{name}' has prompts but no response or completion, it has "
+                        f"{', '.join(table.column_names)}; with --use_lora --on_policy_tokens=... "
+                        "the model answers them itself")
+    if column and answered:
+        print(f"on_policy_tokens: the model answers the prompts itself, '{column}' is not used")
+    answers = table[column] if column and not answered else [""] * len(table)
+    rows = []
+    for prompt, answer in zip(table["prompt"], answers, strict=True):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": answer}]
+        row = {"messages": [*messages, *answer], "complete": not answered}
+        rows.append(json.dumps(row, default=lambda other: None))  # a date, say, is no text
+    return rows
 
 
-def encode_chat(tokenizer, text, length):
-    """The ids of a conversation in whole windows, ~id for all but what the assistant says."""
-    messages, ids = json.loads(text), []
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+def plain_messages(messages):
+    """Messages as [{role, content: a text}], whatever their data set calls these, and further keys
+    as they are. ValueError for what is no text."""
+    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+             "chatbot": "assistant", "ai": "assistant"}
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("a conversation must be a list of messages")
+    plain = []
+    for message in messages:
+        role = message.get("role") or message.get("from") or ""
+        content = message.get("content", message.get("value"))
+        parts = content if isinstance(content, list) else [content or ""]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the content of a message is no text: {json.dumps(content)[:80]}")
+        plain.append(message | {"role": roles.get(role, role), "content": "".join(texts)})
+    return plain
+
+
+def chat_pieces(tokenizer, row):
+    """The texts that a conversation teaches, as lists of (text, whether the assistant says it).
+
+    One text, unless the template rewrites earlier turns as the conversation grows, as some do with
+    their thinking: then a text for each answer.
+    """
+    messages, texts, before = plain_messages(row["messages"]), [], None
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = write(messages[:i], add_generation_prompt=True)
-            after = write(messages[:i + 1])
-            if after[:len(before)] != before or before[:len(ids)] != [max(x, ~x) for x in ids]:
-                raise ValueError("its text changes as the conversation grows")
-            ids += [~x for x in before[len(ids):]] + after[len(before):]
-    ids += [~(tokenizer.eos_token_id or 0)] * (-len(ids) % length)
-    windows = [ids[i:i + length] for i in range(0, len(ids), length)]
-    return [x for window in windows if max(window) >= 0 for x in window]
+        answers = message["role"] == "assistant" and i > 0  # nothing asks for a first message
+        if not answers or row["complete"] and not message["content"].strip():
+            continue
+        asked, after = write(messages[:i], add_generation_prompt=True), write(messages[:i + 1])
+        if not after.startswith(asked):  # some ask with more than they show in the end
+            asked = os.path.commonprefix([asked, after])
+            if len(asked) < len(write(messages[:i])):
+                raise ValueError("the template rewrites what was asked")
+        if before is None or not asked.startswith(before):
+            texts.append([])
+            before = ""
+        texts[-1] += [(asked[len(before):], False), (after[len(asked):], True)]
+        before = after
+    if not texts:
+        raise ValueError("no answer in it")
+    return texts
+
+
+def encode_pieces(tokenizer, pieces):
+    """The ids of a text in pieces, ~id for all but what the assistant says."""
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    ids, text = [], ""
+    for piece, said in pieces:
+        text += piece
+        plain = [max(x, ~x) for x in ids]
+        whole = encode(text)
+        # a tokenizer may merge over the border: but a prompt ends there when the model is asked
+        new = whole[len(plain):] if whole[:len(plain)] == plain else encode(piece)
+        ids += new if said else [~x for x in new]
+    return ids
+
+
+def fill_up(ids, end, block, length):
+    """A window with ids: what follows the text in its last block are ends, to be learned, as
+    padding that the model sees would tell it how long the text is. Beyond, ends as context."""
+    if end is not None:
+        ids = [*ids, *[end] * (-len(ids) % block)]
+    return ids + [~(end or 0)] * (length - len(ids))
+
+
+def encode_chat(tokenizer, text, length, block):
+    """The ids of a conversation in whole windows, ~id for all but what the assistant says."""
+    end, windows = tokenizer.eos_token_id, []
+    for pieces in chat_pieces(tokenizer, json.loads(text)):
+        ids = encode_pieces(tokenizer, pieces)
+        if end is not None and end not in ids[-3:]:  # the template may write it, and a newline
+            ids.append(end)
+        start = [x for x in ids[:1] if ~x == tokenizer.bos_token_id]  # opens further windows, too
+        while ids:
+            window, ids = ids[:length], ids[length:]
+            windows.append(fill_up(window, end, block or length, length))
+            ids = ids and start + ids
+    return [x for window in windows if max(window[1:]) >= 0 for x in window]
 
 
 def make_encoder(tokenizer, sample):
@@ -1723,55 +1899,94 @@ def substrings(text):
 
 
 def split_corpus(corpus, length, split_seed, report):
-    """Generators of (held-out documents, training documents); the first must be read first.
+    """Generators of (held-out documents, training documents), both (number, text) in a seeded
+    order; the first must be read first.
 
     Held out is the validation split, else a seeded 5 % of the documents. Training leaves out a
-    document if a tenth of it stands in held-out text, or 1 % of held-out text in it.
+    document if a tenth of it stands in held-out text, or 1 % of held-out text in it. Text that many
+    documents share, as an instruction or a licence, does not count: only a document without any
+    text of its own is a copy then.
     """
     rows, lines = corpus["train"], corpus["lines"]
     held_rows = corpus["held"] or rows
-    held_out, held, seen = set(), set(), set()  # documents, their strings, those also in training
+    held_out, seen = set(), set()  # documents; strings of held-out text that are in training too
+    n_documents, common = Counter(), set()  # of strings of held-out text; those of many documents
+    n = math.ceil(len(rows) / lines)
+    order = np.random.default_rng(split_seed).permutation(n)
 
-    def documents(rows, order=None):
-        for i in order or range(math.ceil(len(rows) / lines)):
-            yield i, "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
+    def document(rows, i):
+        return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
 
     def held_documents():
-        n, n_characters, order = math.ceil(len(rows) / lines), 0, None
-        if held_rows is rows:
-            order = np.random.default_rng(split_seed).permutation(n).tolist()
-        for i, text in documents(held_rows, order):
-            if order and len(held_out) >= max(1, n // 20) and n_characters > 8 * length:
+        n_characters = 0
+        for i in order if held_rows is rows else range(math.ceil(len(held_rows) / lines)):
+            enough = len(held_out) >= max(1, n // 20) and n_characters > 8 * length
+            if held_rows is rows and enough:
                 return
+            text = document(held_rows, int(i))
             n_characters += len(text)
-            held_out.add(i)
-            held.update(substrings(text))
-            yield text
+            held_out.add(int(i))
+            n_documents.update(set(substrings(text)))
+            yield int(i), text
 
     def train_documents():
-        for i, text in documents(rows):
+        some = order[len(held_out):][:200] if held_rows is rows else order[:200]
+        for i in some:  # without the strings that only they have
+            n_documents.update(n_documents.keys() & set(substrings(document(rows, int(i)))))
+        many = max(3, (len(held_out) + len(some)) // 100)
+        common.update(string for string, count in n_documents.items() if count >= many)
+        for i in order.tolist():
+            if held_rows is rows and i in held_out:
+                continue
+            text = document(rows, i)
+            if not text:
+                continue
             strings = substrings(text)
-            shared = [s for s in strings if s in held]
-            if len(shared) > 0.1 * len(strings) or len(set(shared)) > 0.01 * len(held):
-                report["near_duplicates_left_out"] += held_rows is not rows or i not in held_out
+            own = [string for string in strings if string not in common]
+            shared = [string for string in own if string in n_documents]
+            copied = len(shared) > 0.1 * len(own) or len(set(shared)) > 0.01 * len(n_documents)
+            report["documents"] += 1
+            if copied or not own:
+                report["near_duplicates_left_out"] += 1
                 continue
             seen.update(shared)
-            report["held_out_share_in_training"] = len(seen) / len(held)
-            yield text
+            report["held_out_share_in_training"] = len(seen) / max(1, len(n_documents))
+            yield i, text
 
     return held_documents(), train_documents()
 
 
-def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split_seed):
-    """Write train.bin, held.bin and report.json into folder, entirely or not at all."""
-    report = {"dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32",
-              "near_duplicates_left_out": 0, "held_out_share_in_training": 0.0}
+def make_windows(texts, encode, limit, length, start, end, report):
+    """Windows (n, length), limit of them at most, of the texts (number, text) one after the other,
+    each window behind start. Texts that cannot be encoded are counted in the report."""
+    body, rest = length - len(start), np.zeros(0, np.int64)
+    while limit and (batch := list(itertools.islice(texts, 64))):
+        found = [rest]
+        for number, text in batch:
+            try:
+                found += [encode(text), end] if text else []
+            except (ValueError, TypeError, jinja2.TemplateError) as error:  # of its template
+                report["refused"] += 1
+                report["first_refused"] = report["first_refused"] or [number + 1, first_line(error)]
+        ids = np.concatenate(found).astype(np.int64)
+        rest = ids[len(ids) // body * body:]
+        windows = ids[:len(ids) - len(rest)].reshape(-1, body)[:limit]
+        limit -= len(windows)
+        yield np.insert(windows, [0] * len(start), start, axis=1)
+
+
+def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split_seed, block):
+    """Write train.bin, held.bin and meta.json into folder, entirely or not at all."""
+    ids = tokenizer.get_vocab().values()
+    report = {"dtype": "uint16" if max(ids) < 2**16 else "uint32", "documents": 0,
+              "near_duplicates_left_out": 0, "held_out_share_in_training": 0.0, "refused": 0,
+              "first_refused": None, "crc32": 0}
     if corpus["chat"]:
         report["dtype"] = "int32"
-        encode = errors_as("dataset_name: the tokenizer's chat template cannot write it")(
-            functools.partial(encode_chat, tokenizer, length=length))
+        encode, start = functools.partial(encode_chat, tokenizer, length=length, block=block), []
     else:
         encode = make_encoder(tokenizer, [text[:20000] for text in corpus["train"][:20] if text])
+        start = opening(tokenizer)
     one_text = corpus["chat"] or corpus["lines"] > 1 or tokenizer.eos_token_id is None
     end = [] if one_text else [tokenizer.eos_token_id]
     documents = split_corpus(corpus, length, split_seed, report)
@@ -1780,46 +1995,61 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
         temporary.mkdir(parents=True)
         limits = {"held": held_windows, "train": max_windows}
         for (name, limit), texts in zip(limits.items(), documents, strict=True):
-            left, texts = limit * length, filter(None, texts)
+            report[name] = 0
             with (open(temporary / f"{name}.bin", "wb") as file, tqdm(
-                    total=left, desc=name, unit_scale=True, disable=None, leave=False) as bar):
-                while left and (batch := list(itertools.islice(texts, 64))):
-                    ids = np.concatenate([x for text in batch for x in (encode(text), end)])[:left]
+                    total=limit, desc=name, unit="windows", disable=None, leave=False) as bar):
+                for windows in make_windows(texts, encode, limit, length, start, end, report):
+                    windows = windows.astype(report["dtype"])
                     with errors_as(f"cache_dir: cannot write {file.name}", RunError):
-                        ids.astype(report["dtype"]).tofile(file)
-                    left -= len(ids)
-                    bar.update(len(ids))
-            report[name] = limit - math.ceil(left / length)
+                        windows.tofile(file)
+                    report[name] += len(windows)
+                    report["crc32"] = zlib.crc32(windows, report["crc32"])
+                    bar.update(len(windows))
             if not report[name]:
                 raise UserError(f"dataset_name: too little {name} text for a window of {length} "
-                                "tokens; add text, or lower max_seq_length; near-duplicates left "
-                                f"out: {report['near_duplicates_left_out']}")
-        (temporary / "report.json").write_text(json.dumps(report))
+                                "tokens; add text, or lower max_seq_length; " + left_out(report))
+        (temporary / "meta.json").write_text(json.dumps(report))
         if not folder.exists():  # else another run, started together with this one, was faster
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def left_out(report):
+    """What the data lost on the way to windows, and why."""
+    n, share = report["near_duplicates_left_out"], 0.0
+    if n:
+        share = n / report["documents"]
+    text = f"{n} near-duplicates of held-out text left out ({share:.0%} of the documents)"
+    if report["refused"]:
+        row, why = report["first_refused"]
+        text += f", {report['refused']} conversations refused, the first in row {row}: {why}"
+    return text
+
+
 def load_data(tokenizer):
     """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
-    answered = use_lora and on_policy_tokens > 0
-    corpus = read_corpus(dataset_name, dataset_config, text_column, cache_dir, answered)
+    answered = use_lora and on_policy_tokens > 0 and on_policy_share == 1
+    corpus = read_corpus(dataset_name, dataset_config, dataset_split, text_column, cache_dir,
+                         answered)
     if corpus["chat"] and not tokenizer.chat_template:
         raise UserError("dataset_name: chat data, but this tokenizer has no chat template; take a "
                         "chat model, or plain text (text_column)")
     split = {"length": max_seq_length, "max_windows": max_train_samples,
-             "held_windows": eval_samples, "split_seed": seed}
+             "held_windows": eval_samples, "split_seed": seed, "block": 0}
     vocabulary = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         vocabulary = tokenizer.backend_tokenizer.to_str()
-    template = str(tokenizer.chat_template) if corpus["chat"] else ""
-    key = json.dumps([2, vocabulary, tokenizer.eos_token_id, template, corpus["key"], split])
+    template = ""
+    if corpus["chat"]:  # how a window is filled up depends on the block
+        template, split["block"] = str(tokenizer.chat_template), block_size
+    key = json.dumps([3, vocabulary, tokenizer.eos_token_id, opening(tokenizer), template,
+                      corpus["key"], split])
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **split)
     with errors_as(f"cache_dir: {folder} is damaged, delete it"):
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "meta.json").read_text())
         shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}
         train, held = (np.memmap(folder / f"{name}.bin", report["dtype"], "r", shape=shape)
                        for name, shape in shapes.items())
@@ -1840,13 +2070,12 @@ def get_batch(windows, size, seed, stage, step):
     return torch.from_numpy(windows[rows].astype(np.int64))
 
 
-def ar_continue(lm, windows, eos, max_positions, n):
+def ar_continue(lm, windows, tokenizer, block, max_positions, n):
     """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
-    in a chat, or the first quarter. Prompts and padding become context, ~id."""
+    in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
     windows = windows[:n].astype(np.int64)
     T, device = windows.shape[1], lm.get_input_embeddings().weight.device
-    ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()  # of turns as well
-    ends = {eos, *ends} - {None}
+    eos, ends = tokenizer.eos_token_id, end_ids(lm, tokenizer)
     lengths = [int((row >= 0).argmax()) or max(1, T // 4) for row in windows]
     P = max(lengths)
     prompts = [np.maximum(row, ~row)[:n].tolist() for row, n in zip(windows, lengths, strict=True)]
@@ -1857,20 +2086,21 @@ def ar_continue(lm, windows, eos, max_positions, n):
         out = lm.generate(
             ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
             no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
-            eos_token_id=sorted(ends) or None, pad_token_id=eos or 0)
-    new = np.full(windows.shape, ~(eos or 0), np.int32)
-    for row, prompt, text in zip(new, prompts, out[:, P:].tolist(), strict=True):
+            eos_token_id=ends or None, pad_token_id=eos or 0)
+    new = []
+    for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
-        text = text[:min(end, T - len(prompt))]
-        row[:len(prompt) + len(text)] = [*(~token for token in prompt), *text]
-    return new
+        row = [*(~token for token in prompt), *text[:end]][:T]
+        finished = eos if end < len(text) or text[-1] in ends else None
+        new.append(fill_up(row, finished, block or T, T))
+    return np.array(new, np.int32)
 
 
 def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
     """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
     prompts from windows. They are also kept in out, to be continued there after a kill."""
     T, state = windows.shape[1], {"micro_batch": 32}
-    key = model_name, zlib.crc32(windows), model.mask_embedding.tolist()
+    key = model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
     path = out / f"on_policy_{seed_for(*key):x}.bin"
     model.eval()
     with (open(path, "ab") as file, model.original_model() as lm, eagerly(),
@@ -1881,8 +2111,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         done = np.fromfile(path, np.int32).reshape(-1, T)
         bar.update(int((done >= 0).sum()))
         while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            work = functools.partial(ar_continue, lm, windows[len(done):], tokenizer.eos_token_id,
-                                     model.max_positions)
+            work = functools.partial(ar_continue, lm, windows[len(done):], tokenizer,
+                                     model.block_size, model.max_positions)
             new = with_less_memory(work, state, model)
             with errors_as(f"out_dir: cannot write {path}", RunError):
                 new.tofile(file)
@@ -1984,8 +2214,8 @@ def byte_tokenizer():
 
 def resolve_model(name):
     """(path, the arguments of from_pretrained()) of a hub name, a folder or a .gguf file."""
-    path = Path(name).expanduser()
-    local = path.exists() or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
+    path = Path(name)
+    local = path.exists() or name[:1] in ("", ".", "/") or name.count("/") > 1
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return path, source | {"local_files_only": True}
@@ -2073,6 +2303,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json=""):
     lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
+    if tokenizer.eos_token_id is not None:
+        model.end_id = tokenizer.eos_token_id
     for file, wanted in our_tensors(model).items() if saved else ():
         if not complete and file.startswith("adapter") and not (path / file).exists():
             continue  # new adapters on an earlier result

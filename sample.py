@@ -19,8 +19,9 @@ import torch
 
 from configurator import UserError, configure
 from convert import (
-    checkpoints, clean_meta, crop_cache, encode_prompt, errors_as, first_line, generate, load_model,
-    logits_to_probs, new_cache, pick_autocast, pick_device, read_record, run, sample_token)
+    checkpoints, clean_meta, crop_cache, encode_prompt, end_ids, errors_as, first_line, generate,
+    load_model, logits_to_probs, new_cache, opening, pick_autocast, pick_device, read_record, run,
+    sample_token)
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -29,7 +30,7 @@ prompts = ""  # a file of prompts instead, one a line; -: standard input
 chat = False  # each prompt is what a user says, through the tokenizer's chat template
 num_samples = 1  # of each prompt, all in one batch
 max_new_tokens = 64  # masks to fill after the prompt
-stop_at_eos = True  # a text ends at the tokenizer's end of text
+stop_at_eos = True  # a text ends at an end of text or turn, of tokenizer or generation_config
 # unmasking
 steps = 32  # passes that set tokens; a block model adds one a block
 order = "confidence"  # what is set first: confidence | entropy | margin | random | left_to_right
@@ -53,7 +54,7 @@ watch = False  # show the text unmasking in place, on a terminal
 trace = ""  # write a page that replays the unmasking, as trace.html; opens in any browser, offline
 json = False  # one JSON object a sample on stdout, and nothing else
 
-allowed = {
+allowed = dict.fromkeys(("prompts", "out_dir", "checkpoint", "trace"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
     "dtype": {"float32", "bfloat16", "float16"},
@@ -100,7 +101,7 @@ def accept(p, q, drafted, generator=None):
 
 
 @torch.no_grad()
-def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, end=None,
+def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, ends=(),
                     generator=None):
     """Continue a prompt (list of ids) exactly as the causal mode would.
 
@@ -110,14 +111,14 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, end=N
     device, cache = model.device, new_cache(model.device)
     cache.meta = clean_meta(len(prompt)).to(device)
     moves = torch.tensor([[[1]], [[0]], [[1]]], device=device)  # positions and context ends, no ids
-    t = torch.tensor([[model.num_timesteps]], device=device) if drafts else None
+    t = torch.tensor([[model.num_timesteps]], device=device)  # masks alone are told it
     model.set_causal(True)
     last = torch.tensor([len(prompt) - 1], device=device)
     logits = model(torch.tensor([prompt], device=device), None, last, cache=cache)
     text, drafted, q = sample_token(logits, sampling, generator).tolist(), [], logits[:0]
     forwards, n_drafted, n_accepted = 1, 0, 0
     model.set_causal(not drafts)  # with drafts the mask says who attends to whom
-    while len(text) < new_tokens and end not in text:
+    while len(text) < new_tokens and not set(ends) & set(text):
         # 1) one pass over the candidates and the masks behind them
         candidates = [text[-1], *drafted]
         meta, inputs = draft_layout(len(candidates), drafts, branches, device)
@@ -142,9 +143,12 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, end=N
             q = p[first:first + drafts]
             drafted = torch.multinomial(q, 1, generator=generator)[:, 0].tolist()
     text = text[:new_tokens]
-    if end in text:
-        text = text[:text.index(end) + 1]
-    return text, forwards, n_drafted, n_accepted
+    return text[:end_of(text, ends) + 1], forwards, n_drafted, n_accepted
+
+
+def end_of(ids, ends):
+    """Where the first of `ends` stands in ids, or how many ids there are."""
+    return next((i for i, token in enumerate(ids) if token in ends), len(ids))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,16 +225,17 @@ def encode(model, tokenizer, text):
     parts = re.split(HOLE, text)
     if len(parts) == 1:
         beyond = 2 * drafts + 2 if verify else 0  # where masks stand
-        ids = encode_prompt(model, tokenizer, text, max_new_tokens + beyond)
+        start = [] if chat else None  # a chat template writes BOS itself
+        ids = encode_prompt(model, tokenizer, text, max_new_tokens + beyond, start)
         hole = slice(len(ids), len(ids) + max_new_tokens)
         return ids + [model.mask_id] * max_new_tokens, [hole]
     if model.block_size:
         raise UserError("prompt: a block model writes left to right and cannot fill [MASK:...]; a "
                         "whole-sequence one can")
-    ids, holes = [], []
+    ids, holes = [] if chat else opening(tokenizer), []
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            ids += tokenizer.encode(part, add_special_tokens=False)
+            ids = ids + tokenizer.encode(part, add_special_tokens=False)
             continue
         ids = ids or [tokenizer.eos_token_id or 0]  # something must stand before the first token
         holes.append(slice(len(ids), len(ids) + int(part)))
@@ -246,9 +251,9 @@ def read_prompts():
         return [prompt]
     try:
         if prompts == "-":
-            text = sys.stdin.read() if sys.stdin else ""
+            text = sys.stdin.read().removeprefix("\ufeff") if sys.stdin else ""
         else:
-            text = Path(prompts).read_text("utf-8")
+            text = Path(prompts).read_text("utf-8-sig")
         text.encode()  # what is no text at all is a ValueError too
     except (OSError, ValueError) as error:
         raise UserError(f"prompts: '{prompts}' cannot be read: {first_line(error)}") from None
@@ -274,12 +279,12 @@ def check_flags(model, n_prompts):
             raise UserError(mistake)
 
 
-def decode_all(model, encoded, sampling, end, generator, watcher):
+def decode_all(model, encoded, sampling, ends, generator, watcher):
     """Generate for all prompts, timed: (the ids of each text, figures)."""
     before = [ids[:holes[0].start] for ids, holes in encoded]
 
     def decode(drafts):
-        return [decode_verified(model, ids, max_new_tokens, drafts, branches, sampling, end,
+        return [decode_verified(model, ids, max_new_tokens, drafts, branches, sampling, ends,
                                 generator) for ids in before]
 
     if compare:
@@ -296,7 +301,7 @@ def decode_all(model, encoded, sampling, end, generator, watcher):
         if model.block_size:  # it adds the masks block by block
             prompts, more = before, max_new_tokens
         rows, forwards = generate(
-            model, prompts, more, steps, end, watcher, sampling=sampling, order=order,
+            model, prompts, more, steps, ends, watcher, sampling=sampling, order=order,
             threshold=threshold, remask=remask, generator=generator)
         passes_of_texts = forwards * len(encoded)  # one pass runs on all texts
     seconds = time.perf_counter() - start
@@ -315,14 +320,13 @@ def decode_all(model, encoded, sampling, end, generator, watcher):
     return rows, figures
 
 
-def print_sample(tokenizer, text, ids, holes, row, end, figures):
+def print_sample(tokenizer, text, ids, holes, row, ends, figures):
     """Print one sample, as text or as JSON."""
     parts = [row[hole] for hole in holes]
     token_ids, filled = sum(parts, []), iter(parts)
     written, n_holes = re.subn(HOLE, lambda _: tokenizer.decode(next(filled)), text)
     if not n_holes:
-        if end in token_ids:
-            token_ids = token_ids[:token_ids.index(end)]
+        token_ids = token_ids[:end_of(token_ids, ends)]
         written = text_after(tokenizer, token_ids, ids[:holes[0].start])
     if json:
         print(dumps({"prompt": text, "text": written, "token_ids": token_ids,
@@ -372,18 +376,18 @@ def main(argv):
             text = text_with_masks(tokenizer, frames[-1][0], model.mask_id)
             print(f"\x1b[H\x1b[J{text}", flush=True)
 
-    end = tokenizer.eos_token_id if stop_at_eos else None
+    ends = end_ids(model.lm, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator(target).manual_seed(seed)
     with pick_autocast(target, dtype):
-        rows, figures = decode_all(model, encoded, sampling, end, generator,
+        rows, figures = decode_all(model, encoded, sampling, ends, generator,
                                    show if watch or trace else None)
     if watch:
         print("\x1b[H\x1b[J", end="")
     if trace:
         write_trace(trace, frames, tokenizer, model.mask_id)
     for i, (ids, holes) in enumerate(encoded):
-        print_sample(tokenizer, texts[i // num_samples], ids, holes, rows[i], end, figures)
+        print_sample(tokenizer, texts[i // num_samples], ids, holes, rows[i], ends, figures)
     if not json:
         figures = ", ".join(f"{name} {value}" for name, value in figures.items())
         print(f"{folder}, {target}: texts {len(encoded)}, {figures}")
