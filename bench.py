@@ -89,13 +89,15 @@ def use(settings):
 def build(for_training=True):
     """(device, autocast, model on it, tokenizer), as convert.py or sample.py build them."""
     device = convert.pick_device(convert.device)
-    autocast = convert.pick_autocast(device, convert.dtype, cache=not for_training)
+    autocast = convert.pick_autocast(device, convert.dtype, cache=False)
     convert.limit_memory(device, convert.max_memory_gb)
     name, config_json, ours = convert.model_name, convert.model_config, convert.model_settings()
     if not for_training and not config_json and (Path(name) / "diffusion.json").is_file():
         ours = None  # a converted model knows its own
     torch.manual_seed(convert.seed)
-    model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json)
+    weights_dtype = None if for_training else autocast.fast_dtype
+    model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json,
+                                          weights_dtype)
     convert.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
 
@@ -128,7 +130,7 @@ def our_training():
             table = profiler.key_averages().table(column, 10, max_name_column_width=60)
             return print(table, flush=True)
         if what == "totals":
-            passes = sum(make_passes(model, chosen, 0), [])
+            passes = sum(make_passes(model, chosen, times_of_step(0)), [])
             return {"peak_memory_gb": memory_gb(device)[0], "micro_batch": state["micro_batch"],
                     "device": name_of(device), "flops": step_flops(model, passes),
                     "gemm_peak_tflops": matmul_tflops(device, autocast)}
@@ -184,7 +186,7 @@ def plain_training():
 @functools.cache
 def our_sampling():
     """The sampler of convert.py, plain AR decoding, verified decoding, and LLaDA's plain loop."""
-    device, autocast, model, tokenizer = build(for_training=False)
+    device, _, model, tokenizer = build(for_training=False)
     model.eval()
     texts = np.random.default_rng(0).integers(0, model.mask_id, (4, 32)).tolist()
     if prompts:
@@ -214,8 +216,7 @@ def our_sampling():
         if kind == "verify" and not model.block_size:
             return None
         start = now(device)
-        with autocast:
-            out, forwards = zip(*(generate(kind, text) for text in texts), strict=True)
+        out, forwards = zip(*(generate(kind, text) for text in texts), strict=True)
         seconds, n = now(device) - start, sum(map(len, out))
         return {"tokens_per_s": n / seconds, "forwards_per_token": sum(forwards) / n, "out": out,
                 "device": name_of(device)}
@@ -283,17 +284,29 @@ def matmul_tflops(device, autocast):
     return best
 
 
-def make_passes(model, chosen, step):
-    """[forward_passes() of a micro-batch] of a step, with its noise."""
-    size = convert.batch_size
-    u, noise = convert.sample_noise(
-        size * convert.gradient_accumulation_steps, convert.max_seq_length,
-        convert.seed_for("noise", convert.seed, 2, step), convert.block_size,
-        convert.full_mask_share)
-    x0 = torch.zeros(noise.shape, dtype=torch.long)
+def make_passes(model, chosen, u):
+    """[forward_passes() of a micro-batch] of windows with noise at times u (n, n_blocks)."""
+    size, windows = convert.batch_size, (len(u), convert.max_seq_length)
+    noise = torch.rand(windows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0 = torch.zeros(windows, dtype=torch.long)
     batch = convert.loss_weights(x0, u, noise, model, chosen["diffusion"], chosen["ar"])
     parts = zip(*(x.split(size) for x in batch), strict=True)
     return [list(convert.forward_passes(part, size, model, chosen["distill"])) for part in parts]
+
+
+def times_of_step(step):
+    """The times u (n, n_blocks) that a step draws for its windows."""
+    n_blocks = convert.max_seq_length // (convert.block_size or convert.max_seq_length)
+    return convert.sample_noise(
+        convert.batch_size * convert.gradient_accumulation_steps, n_blocks,
+        convert.seed_for("noise", convert.seed, 2, step), 1, convert.full_mask_share)[0]
+
+
+def fullest_micro_batch(n_steps):
+    """The times u of the micro-batch with most masks in n_steps steps, without their tokens: of
+    large batches these would take more memory than the step that is estimated."""
+    parts = [u for step in range(n_steps) for u in times_of_step(step).split(convert.batch_size)]
+    return max(parts, key=lambda u: -convert.alpha(u, convert.noise_schedule).sum())
 
 
 def step_flops(model, passes):
@@ -525,8 +538,7 @@ def estimate_step(config, process_gb):
     # 2) forward and backward of the micro-batch with most to predict
     stages = convert.make_stages(1)
     chosen = {loss: max(s[loss] for s in stages) for loss in ("diffusion", "ar", "distill")}
-    found = itertools.chain.from_iterable(make_passes(model, chosen, step) for step in range(20))
-    passes = max(found, key=lambda inputs: sum(len(x["rows"]) for x in inputs))
+    [passes] = make_passes(model, chosen, fullest_micro_batch(20))
     repeated = convert.gradient_accumulation_steps > 1  # then gradients are there from the start
     with fake:
         parts = tracked_step(model, passes * 2 if repeated else passes)

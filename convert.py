@@ -402,8 +402,9 @@ class DiffusionLM(nn.Module):
         self.window = (windows or [None])[0]
 
         # 3) what the methods below keep between calls
+        self.base = None  # where a frozen model is from; it is not saved again
         self.end_id = -1  # of the tokenizer's end of text, if it has one
-        self.block_inputs = {}  # attention_inputs() of [clean | noisy] by length, built once
+        self.block_inputs = {}  # attention_inputs() of [clean | noisy], built once
         self.gate = None  # (B or 1, L, 1), 1 where adapters act; None: everywhere
         self.adapters, self.lora_config = [], None  # [(parent, name, LoRA layer)]
         self.head_floats = 2**26  # logits in a chunk of the head, 256 MB
@@ -491,18 +492,26 @@ class DiffusionLM(nn.Module):
         """The Hugging Face model in its original form, causal and without adapters, to save or to
         write with. Saved in bidirectional mode, it would reload as not causal."""
         self.set_causal(True)
-        kernel = self.lm.config._attn_implementation
-        if kernel != self.kernel:
-            self.lm.set_attn_implementation(self.kernel)
-        for parent, name, m in self.adapters:
-            setattr(parent, name, m.base_layer)
-        try:
-            yield self.lm
-        finally:
+        with self.attention(self.kernel):
             for parent, name, m in self.adapters:
-                setattr(parent, name, m)
-            if kernel != self.kernel:
-                self.lm.set_attn_implementation(kernel)
+                setattr(parent, name, m.base_layer)
+            try:
+                yield self.lm
+            finally:
+                for parent, name, m in self.adapters:
+                    setattr(parent, name, m)
+
+    @contextlib.contextmanager
+    def attention(self, kernel):
+        """The model with another attention kernel, by the name that Hugging Face gives it."""
+        before = self.lm.config._attn_implementation
+        if kernel != before:
+            self.lm.set_attn_implementation(kernel)
+        try:
+            yield
+        finally:
+            if kernel != before:
+                self.lm.set_attn_implementation(before)
 
     def attention_inputs(self, meta, cache=None):
         """Position ids, attention mask, adapter gate and cache of hidden(), for tokens at meta
@@ -543,11 +552,12 @@ class DiffusionLM(nn.Module):
     def hidden_of_blocks(self, ids, t):
         """hidden() of [clean copy | noisy copy]: ids (B, 2T), t (B, 2 n_blocks)."""
         T = ids.shape[1] // 2
-        if T not in self.block_inputs:
+        key = T, self.block_size, self.lm.config._attn_implementation
+        if key not in self.block_inputs:
             meta = block_meta(T, self.block_size).to(ids.device)
-            self.block_inputs[T] = self.attention_inputs(meta)
+            self.block_inputs[key] = self.attention_inputs(meta)
         self.set_causal(False)  # the mask says who attends to whom
-        return self.hidden(ids, t, **self.block_inputs[T])
+        return self.hidden(ids, t, **self.block_inputs[key])
 
     def head(self, output, states):
         """Logits of hidden states (.., N, C), by the model's own forward with its decoder's result
@@ -673,10 +683,61 @@ def probe(model, max_seq_length):
     if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
         raise UserError(f"architecture '{kind}' cannot be made bidirectional, its attention stays "
                         "causal; --use_bidirectional_attention=false trains it as it is")
+    probe_logits(model, ids[:, :8])
     if model.block_size:
         probe_blocks(model, ids, a)  # of the last pass, the causal one
+    if model.bidirectional:
+        turned = turned_layers(model, ids)
+        if not all(turned):
+            print(f"probe: in {sum(turned)} of {len(turned)} layers position 0 can see the last "
+                  "token, the others stay left-to-right")
     model.train(training)
     return moved[True], moved[False]
+
+
+def rounding(dtype):
+    """How far results may be off, relative to the largest: sums of another order differ in the last
+    bits, of which bfloat16 has 8."""
+    return 1e-4 if dtype == torch.float32 else 0.05
+
+
+def probe_logits(model, ids):
+    """Check that embeddings, decoder and gathered head give the logits that the Hugging Face model
+    gives for ids (1, T), all of them and some. Else UserError: there are families whose layers look
+    ids up once more, or that have no decoder of their own."""
+    model.set_causal(True)
+    rows = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
+    with errors_as(f"architecture '{model.lm.config.model_type}' does not run in parts"):
+        expected = model.lm(input_ids=ids, use_cache=False).logits[0]  # (T, V)
+        for found, wanted in ((model(ids)[0], expected), (model(ids, None, rows), expected[rows])):
+            off = (found - wanted).abs().max() / wanted.abs().max()
+            if not off < rounding(wanted.dtype):
+                raise ValueError(f"logits from embeddings are off by {off:.0e} of those from ids")
+
+
+def turned_layers(model, ids):
+    """For each layer of the bidirectional decoder, whether its output at position 0 depends on its
+    own input at the last position: recurrent layers and convolutions stay causal."""
+    turned = []
+
+    def run_again(layer, args, kwargs, output):
+        first = output[0] if isinstance(output, tuple) else output  # (1, T, C)
+        changed = args[0].clone()
+        changed[:, -1] *= -1
+        again = layer.forward(changed, *args[1:], **kwargs)
+        again = again[0] if isinstance(again, tuple) else again
+        moved = (first[:, 0] - again[:, 0]).abs().max() / first.abs().max()
+        turned.append(moved.item() > 1e-6)
+
+    hooks = [layer.register_forward_hook(run_again, with_kwargs=True)
+             for layer in decoder_layers(model.lm)]
+    try:
+        model.set_causal(False)
+        model.hidden(ids, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return turned
 
 
 def probe_blocks(model, ids, expected):
@@ -687,8 +748,6 @@ def probe_blocks(model, ids, expected):
     weights = [m.lora_B["default"].weight for _, _, m in model.adapters]
     saved = [p.detach().clone() for p in weights]
     block_size, model.block_size = model.block_size, 1
-    # bfloat16 has 8 bits, and sums of another order differ in the last
-    tolerance = 0.05 if expected.dtype == torch.bfloat16 else 1e-4
     checks = [("block_size", 0.0, 2 * T, "--block_size=0 works")]
     if model.adapters:
         checks.append(("use_lora", 1.0, T, "try --lora_targets=attention"))
@@ -700,11 +759,10 @@ def probe_blocks(model, ids, expected):
         for p, old in zip(weights, saved, strict=True):
             p.data.copy_(old)
         off = (states - expected.repeat(2, 1))[:n_rows].abs().max() / expected.abs().max()
-        if not off < tolerance:  # NaN fails, too
+        if not off < rounding(expected.dtype):  # NaN fails, too
             raise UserError(f"{setting}: architecture '{kind}' cannot keep its clean copy apart, "
                             f"it is off by {off:.0e}; {advice}")
     model.block_size = block_size
-    model.block_inputs.clear()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -818,6 +876,23 @@ def forward_at(model, ids, start, pad, block_id, t=None, rows=None, cache=None):
 
 
 @torch.no_grad()
+def takes_padding(model):
+    """Whether texts of different lengths can share a batch. Not with ALiBi, whose distances come
+    from a mask of padding that holds no positions."""
+    ids = torch.arange(4, device=model.device)[None] % model.mask_id
+    pad = torch.tensor([[2]], device=model.device)
+    model.set_causal(not model.bidirectional)
+    alone = model(ids)
+    try:
+        with errors_as("padding"):
+            padded = forward_at(model, F.pad(ids, (2, 0)), 0, pad, int(model.bidirectional))
+    except UserError:
+        return False
+    off = (padded[:, 2:] - alone).abs().max() / alone.abs().max()
+    return bool(off < rounding(alone.dtype))
+
+
+@torch.no_grad()
 def generate(model, prompts, new_tokens, steps, ends=(), watch=None, **options):
     """Continue prompts (lists of ids), or fill the masks in them, in the way the model was trained.
 
@@ -825,8 +900,11 @@ def generate(model, prompts, new_tokens, steps, ends=(), watch=None, **options):
     model writes block after block behind a KV cache, each in its share of the steps, until every
     text has one of its `ends`. options: of unmask(). Returns (lists of ids, forward passes).
     """
+    P, same_length = max(map(len, prompts)), len(set(map(len, prompts))) == 1
+    if not same_length and not takes_padding(model):
+        each = [generate(model, [p], new_tokens, steps, ends, watch, **options) for p in prompts]
+        return [text for [text], _ in each], sum(forwards for _, forwards in each)
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    P = max(map(len, prompts))
     pad = (P - lengths)[:, None]  # on the left, so that all texts end in the same column
     ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=model.device)
     if model.block_size:
@@ -834,12 +912,12 @@ def generate(model, prompts, new_tokens, steps, ends=(), watch=None, **options):
         ids, forwards = generate_blocks(model, ids, pad, n_blocks, steps, ends, watch, options)
     else:
         ids = F.pad(ids, (0, new_tokens), value=model.mask_id)
-        T, causal, padded = ids.shape[1], not model.bidirectional, len(set(map(len, prompts))) > 1
+        T, causal = ids.shape[1], not model.bidirectional
 
         def predict(ids, n_masked, rows, cols):
             t = timestep(n_masked / (lengths + new_tokens), model)[:, None]
             rows = rows * T + cols - 1
-            if padded:
+            if not same_length:
                 return forward_at(model, ids, 0, pad, 0 if causal else 1, t, rows)
             model.set_causal(causal)  # without a mask tensor
             return model(ids, t, rows)
@@ -1054,8 +1132,8 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
         return row | {"sample": tokenizer.decode(texts[0])}
 
     model.eval()
-    with eagerly():
-        row = with_less_memory(work, state, model)
+    with eagerly(), model.attention(model.kernel):  # as flex_attention must be compiled
+        row = with_less_memory(work, state, model, size="eval_micro_batch")
     model.train()
     if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
         state["ar_ppl_before"] = row["ar_ppl"]
@@ -1098,7 +1176,8 @@ def train_step(model, training, autocast, stage, x0, state):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(loss) and math.isfinite(norm):  # as scaler.step() would check
-            with_less_memory(lambda _: training["optimizer"].step(), state, model, training, False)
+            with_less_memory(lambda _: training["optimizer"].step(), state, model, training,
+                             halve=False)
         scaler.update()
     return loss, norm, lr
 
@@ -1135,6 +1214,8 @@ def main(argv):
         return print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb)
 
     # the run
+    if not checkpoint_dir:
+        try_to_save(model, out)
     log = open_log(out, state, stages, limit_gb)
     stop = stop_on_signal()
     saved, own_text = None, {}  # windows that the model itself wrote, for training and held out
@@ -1274,13 +1355,12 @@ def try_flex_attention(model, autocast):
     model.mask_embedding.requires_grad_(True)
 
     def states_and_gradient(kernel):
-        model.lm.set_attn_implementation(kernel)
-        model.block_inputs.clear()
         torch.manual_seed(0)  # the same dropout in both
-        with autocast:
-            states = model.hidden_of_blocks(ids, t)[1]
         model.zero_grad()
-        states.float().square().mean().backward()
+        with model.attention(kernel):
+            with autocast:
+                states = model.hidden_of_blocks(ids, t)[1]
+            states.float().square().mean().backward()  # checkpointing re-runs the layers
         return states.detach(), model.mask_embedding.grad
 
     try:
@@ -1291,11 +1371,10 @@ def try_flex_attention(model, autocast):
         for x, y in zip(expected, found, strict=True):
             if not (x - y).abs().max() < (1e-3 if exact else 0.05) * x.abs().max():
                 raise UserError("its results differ")
+        model.lm.set_attn_implementation("flex_attention")
     except UserError as error:
-        model.lm.set_attn_implementation(model.kernel)
         print(f"block_size: no flex_attention, but a mask tensor: {error}")
     model.zero_grad()
-    model.block_inputs.clear()
 
 
 def set_up_model(model, checkpointing, autocast):
@@ -1324,15 +1403,15 @@ def eagerly():
     return torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext()
 
 
-def with_less_memory(work, state, model, training=None, halve=True):
-    """work(micro_batch), and again each time memory runs out, with half the windows at a time.
+def with_less_memory(work, state, model, training=None, size="micro_batch", halve=True):
+    """work(state[size]), and again each time memory runs out, with half the windows at a time.
 
     With auto_memory, for training {"optimizer", "scaler"}, gradient checkpointing comes first, then
     8-bit Adam. halve=False: work does not depend on the micro-batch.
     """
     while True:
         try:
-            return work(state["micro_batch"])
+            return work(state[size])
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -1348,9 +1427,9 @@ def with_less_memory(work, state, model, training=None, halve=True):
             training["optimizer"] = make_optimizer(params, True)
             for new, old in zip(training["optimizer"].param_groups, groups, strict=True):
                 new["lr"] = old["lr"]
-        elif halve and state["micro_batch"] > 1:
-            state["micro_batch"] //= 2
-            change = f"{state['micro_batch']} windows at a time, of the same batch,"
+        elif halve and state[size] > 1:
+            state[size] //= 2
+            change = f"{state[size]} windows at a time ({size}), of the same batch,"
         else:
             raise failure
         tqdm.write(f"out of memory: {change} from here on")
@@ -1360,17 +1439,19 @@ def with_less_memory(work, state, model, training=None, halve=True):
 
 
 def stop_on_signal():
-    """A list that gets the number of a SIGINT or SIGTERM; a second one ends the process at once."""
+    """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
+    warning. A second Ctrl-C or SIGTERM ends the process at once."""
     stop = []
 
     def handler(number, frame):
-        if stop:
+        if stop and number in (signal.SIGINT, signal.SIGTERM):
             sys.exit(128 + number)
         stop.append(number)
         os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, handler)
     return stop
 
 
@@ -1417,7 +1498,7 @@ def open_log(out, state, stages, limit_gb):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
     except BlockingIOError:
         raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
-    for leftover in (*out.glob(".checkpoint_*.tmp"), *out.glob(".final.tmp")):  # of a killed save
+    for leftover in out.glob(".*.tmp"):  # of a killed save
         shutil.rmtree(leftover)
     if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
@@ -1426,7 +1507,7 @@ def open_log(out, state, stages, limit_gb):
     bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
     return {"file": file, "bar": bar, "wandb": start_wandb(state) if use_wandb else None,
             "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
-            "limit_gb": limit_gb}
+            "limit_gb": limit_gb, "tell_hours": device == "auto"}
 
 
 def start_wandb(state):
@@ -1479,6 +1560,9 @@ def log_step(loss, norm, lr, seconds, stage, state, log, device):
     if state["step"] < stage["steps"] and state["total"] % log_steps and not debug:
         return
     losses, mean_seconds = state["losses"], sum(log["seconds"]) / len(log["seconds"])
+    if log.pop("tell_hours", False) and device.type == "cpu":
+        hours = log["steps"] * mean_seconds / 3600
+        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.1f} hours")
     tokens_per_s = batch_size * gradient_accumulation_steps * max_seq_length / mean_seconds
     row = {"loss": math.fsum(losses) / len(losses) if losses else math.nan, "lr": lr,
            "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": round(tokens_per_s),
@@ -1521,30 +1605,51 @@ def save_folder(path, model, tokenizer, record, training=None):
     try:
         with errors_as(f"cannot save {path} (earlier ones are intact)", RunError):
             write_folder(temporary, model, tokenizer, record, training)
-            for p in (*temporary.rglob("*"), temporary, path.parent):
-                handle = os.open(p, os.O_RDONLY)
-                os.fsync(handle)  # on the disk before it gets its name
-                os.close(handle)
+            for p in (*temporary.rglob("*"), temporary):
+                sync(p)  # on the disk before it gets its name
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
+            sync(path.parent)  # which holds the name
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def sync(path):
+    """Wait until a file or the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def recover(out):
+    """Undo what a kill inside save_folder() left behind: the folder that was being replaced gets
+    its name back, if the new one does not have it yet."""
+    for old in out.glob(".*.old"):
+        path = out / old.name[1:].removesuffix(".old")
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, path)
+
+
 def write_folder(folder, model, tokenizer, record, training):
     """Write the files of save_folder()."""
     folder.mkdir(parents=True)
-    with model.original_model() as lm:
-        lm.save_pretrained(folder)
+    if not model.base:
+        with model.original_model() as lm:
+            lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file, tensors in our_tensors(model).items():
         (folder / file).parent.mkdir(exist_ok=True)
         tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
         save_file(tensors, folder / file, {"format": "pt"})
     if model.adapters:
+        if model.base:
+            model.lora_config.base_model_name_or_path = model.base["name"]
         model.lora_config.save_pretrained(folder / "adapter")
+    record = record | {"base": model.base}
     (folder / "diffusion.json").write_text(json.dumps(record, indent=1))
     if training:
         torch.save(training, folder / "training.pt")
@@ -1565,6 +1670,19 @@ def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
         shutil.rmtree(old)
 
 
+def try_to_save(model, out):
+    """Save the model as it came and remove it again: what cannot be saved shows before the work."""
+    if model.base:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    folder = out / ".untouched.tmp"
+    try:
+        with errors_as("model_name: this model cannot be saved"), model.original_model() as lm:
+            lm.save_pretrained(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def checkpoints(out):
     """The checkpoints of a run, newest first."""
     found = [p for p in out.glob("checkpoint_*") if p.name[11:].isdigit()]
@@ -1577,12 +1695,14 @@ def find_checkpoint(out):
     state is all that a resume needs beside weights, optimizer and scaler.
     """
     state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
-             "micro_batch": batch_size, "checkpointing": use_gradient_checkpointing,
-             "adam_8bit": use_8bit_adam, "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "",
-             "data": 0}
-    finished, newest_first = (out / "final").exists(), checkpoints(out)
+             "micro_batch": batch_size, "eval_micro_batch": batch_size,
+             "checkpointing": use_gradient_checkpointing, "adam_8bit": use_8bit_adam,
+             "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
     if out.exists() and not out.is_dir():
         raise UserError(f"out_dir: '{out}' is a file")
+    if not dry_run:
+        recover(out)
+    finished, newest_first = (out / "final").exists(), checkpoints(out)
     if resume and not checkpoint and finished:
         print(f"this run is finished: {out}/final; --out_dir=... starts another")
         sys.exit(0)
@@ -1624,7 +1744,10 @@ def find_checkpoint(out):
 
 def check_disk(model, out):
     """The disk, in GB, that the coming checkpoints and final/ take; UserError if it is not free."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    saved = [p for part in our_tensors(model).values() for p in part.values()]
+    if not model.base:
+        saved = model.parameters()
+    weights = sum(p.numel() * p.element_size() for p in saved)
     trained = sum(p.numel() for p in freeze(model, "everything"))
     n = keep_checkpoints + 1 - len(checkpoints(out))  # one more before an old one goes
     needed = weights + n * (weights + trained * (2 if use_8bit_adam else 8))
@@ -2213,14 +2336,16 @@ def byte_tokenizer():
 
 
 def resolve_model(name):
-    """(path, the arguments of from_pretrained()) of a hub name, a folder or a .gguf file."""
+    """(path, the arguments of from_pretrained()) of a hub name, a folder or a .gguf file. Code that
+    comes with a model is not run, nor is it asked for."""
     path = Path(name)
     local = path.exists() or name[:1] in ("", ".", "/") or name.count("/") > 1
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        return path, source | {"local_files_only": True}
+        return path, source | {"local_files_only": True, "trust_remote_code": False}
     source = str(path) if local else name
-    return path, {"pretrained_model_name_or_path": source, "local_files_only": local}
+    return path, {"pretrained_model_name_or_path": source, "local_files_only": local,
+                  "trust_remote_code": False}
 
 
 def load_config(name, config_json="", tokenizer=None):
@@ -2240,15 +2365,17 @@ def base_dtype(lora, device_type):
     return torch.bfloat16 if lora and device_type == "cuda" else torch.float32
 
 
-def load_hf(name, tokenizer_name, config_json, weights_dtype):
+def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
     """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
     _, where = resolve_model(name)
+    if revision:
+        where["revision"] = revision
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":
             tokenizer = byte_tokenizer()
         elif tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(**resolve_model(tokenizer_name)[1])
         else:
             tokenizer = AutoTokenizer.from_pretrained(**where)
     if config_json:
@@ -2268,11 +2395,38 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype):
         del lm.config.quantization_config
     if "quantization_config" in vars(lm.config):
         raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
+    if "peft_config" in vars(lm):
+        merge_adapter(lm, name)
     vocab_size = lm.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"tokenizer_name: {len(tokenizer)} tokens, but the model's vocabulary has "
-                        f"{vocab_size}: not the tokenizer of this model")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
+                        f"has {vocab_size}: not the tokenizer of this model")
     return lm, tokenizer
+
+
+def merge_adapter(lm, name):
+    """Merge the adapter that transformers found in a folder, alone or beside a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
+    with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
+        for parent in list(lm.modules()):
+            for key, module in list(parent.named_children()):
+                if isinstance(module, BaseTunerLayer):
+                    module.merge(safe_merge=True)
+                    setattr(parent, key, module.get_base_layer())
+        lm._hf_peft_config_loaded = False
+        del lm.peft_config
+    print(f"model_name: the adapter in '{name}' is merged into its base, {lm.name_or_path}")
+
+
+def fingerprint(lm):
+    """A hash of up to 256 values of each weight, the same whatever dtype they are loaded in."""
+    digest = hashlib.sha256()
+    for key, p in sorted(lm.named_parameters()):
+        some = p.detach().flatten()[::max(1, p.numel() // 256)].to("cpu", torch.bfloat16)
+        digest.update(f"{key} {tuple(p.shape)}".encode())
+        digest.update(some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def our_tensors(model):
@@ -2286,23 +2440,37 @@ def our_tensors(model):
     return files
 
 
-def load_model(name, device, ours=None, tokenizer_name="", config_json=""):
+def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
     """(DiffusionLM, tokenizer), on the CPU, of a hub name, a folder, a .gguf file or a result.
 
     ours: arguments of DiffusionLM after lm; None: those of the folder, which must be complete then.
-    config_json: random weights. UserError if anything cannot be loaded or does not fit.
+    config_json: random weights. weights_dtype: instead of base_dtype(). UserError if anything
+    cannot be loaded or does not fit.
     """
     name = str(name)
-    path, saved = resolve_model(name)[0], None
+    path, saved, base = resolve_model(name)[0], None, None
     if not ours or (path / "diffusion.json").is_file() and not config_json:
-        saved = read_record(path)["model"]
+        record = read_record(path)
+        saved, base = record["model"], record.get("base")
     complete, ours = not ours, ours or saved
     if saved and saved.get("lora") and not ours.get("lora"):
         raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
-    weights_dtype = base_dtype(ours.get("lora"), device.type)
-    lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
+    weights_dtype = weights_dtype or base_dtype(ours.get("lora"), device.type)
+    if base:
+        lm, tokenizer = load_hf(base["name"], tokenizer_name or name, "", weights_dtype,
+                                base["revision"])
+        if fingerprint(lm) != base["sha256"]:
+            raise UserError(f"model_name: '{name}' holds adapters for {base['name']}, but the "
+                            "weights there are not those that it was trained on")
+    else:
+        lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
+    if ours.get("lora") and not config_json and not base:
+        local = Path(name).exists()
+        base = {"name": str(Path(name).absolute()) if local else name, "sha256": fingerprint(lm),
+                "revision": None if local else lm.config._commit_hash}
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
+    model.base = base if ours.get("lora") else None
     if tokenizer.eos_token_id is not None:
         model.end_id = tokenizer.eos_token_id
     for file, wanted in our_tensors(model).items() if saved else ():

@@ -48,7 +48,7 @@ compare = False  # decode the same with plain AR as well: its speed, and how man
 out_dir = ""  # folder of a run; "": the newest under outputs/
 checkpoint = ""  # a checkpoint of an unfinished run, instead of out_dir
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
-dtype = "float32"  # of autocast: float32 | bfloat16 | float16
+dtype = "float32"  # of the weights: float32 | bfloat16 | float16
 seed = 1337  # of the random numbers that a temperature needs
 watch = False  # show the text unmasking in place, on a terminal
 trace = ""  # write a page that replays the unmasking, as trace.html; opens in any browser, offline
@@ -360,7 +360,8 @@ def main(argv):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
     texts, target = read_prompts(), pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
-    model, tokenizer = load_model(folder, target)
+    weights_dtype = pick_autocast(target, dtype).fast_dtype
+    model, tokenizer = load_model(folder, target, weights_dtype=weights_dtype)
     model.to(target).eval()
     check_flags(model, len(texts))
     if trace:
@@ -379,9 +380,8 @@ def main(argv):
     ends = end_ids(model.lm, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator(target).manual_seed(seed)
-    with pick_autocast(target, dtype):
-        rows, figures = decode_all(model, encoded, sampling, ends, generator,
-                                   show if watch or trace else None)
+    rows, figures = decode_all(model, encoded, sampling, ends, generator,
+                               show if watch or trace else None)
     if watch:
         print("\x1b[H\x1b[J", end="")
     if trace:

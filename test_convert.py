@@ -86,7 +86,7 @@ def random_ids(*shape):
     return torch.randint(3, 99, shape, generator=torch.Generator().manual_seed(1))
 
 
-def train_step(model, x0, t, noise, micro_batch=2, ar=0.0, distill=0.0, optimizer=None, lr=0.0):
+def train_step(model, x0, u, noise, micro_batch=2, ar=0.0, distill=0.0, optimizer=None, lr=0.0):
     """The loss of convert.train_step() with this noise; its gradient is in the parameters."""
     stage = {"diffusion": 1.0, "ar": ar, "distill": distill, "n_on_policy": 0}
     stage |= {"lr": lr, "steps": 1, "warmup": 0}
@@ -94,7 +94,7 @@ def train_step(model, x0, t, noise, micro_batch=2, ar=0.0, distill=0.0, optimize
     optimizer = optimizer or torch.optim.SGD(model.parameters())
     training = {"optimizer": optimizer, "scaler": NO_SCALER}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "sample_noise", lambda *_: (t, noise))
+        patch.setattr(convert, "sample_noise", lambda *_: (u, noise))
         patch.setattr(convert, "max_grad_norm", 0.0)
         loss, norm, _ = convert.train_step(model, training, NO_AUTOCAST, stage, x0, state)
     assert math.isfinite(norm)
@@ -108,7 +108,7 @@ def gradients(model):
 
 def no_model(schedule="cosine", T=1000, block_size=0):
     """What loss_weights() and forward_passes() ask of a model, without one."""
-    return SimpleNamespace(mask_id=99, num_timesteps=T, noise_schedule=schedule,
+    return SimpleNamespace(mask_id=99, end_id=-1, num_timesteps=T, noise_schedule=schedule,
                            bidirectional=True, block_size=block_size)
 
 
@@ -126,38 +126,45 @@ def save_final(folder, model=None, lora=None, **more):
 # ----------------------------------------------------------------------------------------------
 # The diffusion
 @cases("schedule", SCHEDULES)
-def test_the_share_of_masked_tokens_is_the_schedules_and_weights_undo_it(schedule):
-    u = np.array([0.1, 0.5, 0.9])
-    cosine = np.sin(np.pi * u / 2) ** 2
-    shares = {"cosine": cosine, "linear": u, "polynomial": u**2, "sqrt": np.sqrt(u)}
-    t, x0 = torch.tensor([[100], [500], [900]]), torch.zeros(3, 40000, dtype=torch.long)
-    noise = torch.from_numpy(np.random.default_rng(0).random((3, 40000)))
-    xt, masked = convert.mask_tokens(x0, t, noise, x0 == 0, 99, 1000, schedule)
-    np.testing.assert_allclose(masked.float().mean(1), shares[schedule], atol=0.01)
+def test_the_share_of_masked_tokens_is_the_schedules(schedule):
+    u = torch.tensor([[0.1], [0.5], [0.9]]).double()
+    cosine = torch.sin(math.pi * u / 2) ** 2
+    shares = {"cosine": cosine, "linear": u, "polynomial": u**2, "sqrt": u**0.5}
+    x0, noise = torch.zeros(3, 40000, dtype=torch.long), torch.rand(3, 40000).double()
+    xt, masked, _ = convert.mask_tokens(x0, u, noise, x0 == 0, 99, schedule)
+    assert_close(masked.double().mean(1, keepdim=True), shares[schedule], rtol=0, atol=1e-4)
     assert (xt == 99).equal(masked)
 
-    for T in (1, 10, 1000):
-        steps = torch.arange(T + 1)
-        mask_rates = 1 - convert.alpha(steps, T, schedule)
-        np.testing.assert_allclose(mask_rates[[0, T]], [0, 1], atol=1e-12)
-        weights = convert.elbo_weight(steps[1:], T, schedule)
-        assert (weights * mask_rates[1:]).mean().item() == pytest.approx(1, abs=1e-9)
+    ends = torch.tensor([0.0, 1.0]).double()
+    assert_close(convert.alpha(ends, schedule), 1 - ends)
+    assert_close(convert.time_at(1 - convert.alpha(u, schedule), schedule), u)
+
+
+@cases("schedule", SCHEDULES)
+def test_every_count_of_masks_and_every_token_weighs_the_same_in_the_nelbo(schedule):
+    n, T = 200000, 5
+    u = (torch.arange(n)[:, None] + 0.5).double() / n
+    x0, noise = torch.zeros(n, T, dtype=torch.long), torch.rand(n, T).double()
+    maskable = torch.arange(T) > 0  # 4 of 5
+    _, masked, weight = convert.mask_tokens(x0, u, noise, maskable.expand(n, T), 99, schedule)
+    counts, total = masked.sum(1), (masked * weight).sum(1)  # l / (l P(l)), as often as P(l)
+    for count in range(1, 5):
+        assert (total * (counts == count)).mean().item() == pytest.approx(1, rel=1e-3)
+    assert_close((masked * weight).mean(0), maskable.double(), rtol=0.02, atol=0)
 
 
 @cases("block_size", [0, 2])
-def test_t_is_stratified_and_uniform_and_depends_on_the_seed_alone(block_size):
+def test_u_is_stratified_and_uniform_and_depends_on_the_seed_alone(block_size):
     for n in (1, 7, 32):
-        t, noise = convert.sample_noise(n, 6, 1000, 3, block_size)
-        assert t.shape == (n, 3 if block_size else 1) and noise.shape == (n, 6)
-        strata = ((t.flatten().double().sort().values - 1) / 1000 * t.numel()).long()
-        assert (strata - torch.arange(t.numel())).abs().max() <= 1
-        again = convert.sample_noise(n, 6, 1000, 3, block_size)
-        assert t.equal(again[0]) and noise.equal(again[1])
-        assert not noise.equal(convert.sample_noise(n, 6, 1000, 4, block_size)[1])
-
-    draws = [convert.sample_noise(16, 2, 10, seed, block_size)[0] for seed in range(500)]
-    counts = torch.cat(draws).flatten().bincount(minlength=11)
-    assert counts[0] == 0 and (counts[1:] - 800).abs().max() < 120
+        u, noise = convert.sample_noise(n, 6, 3, block_size)
+        assert u.shape == (n, 3 if block_size else 1) and noise.shape == (n, 6)
+        strata = (u.flatten().sort().values * u.numel()).long()
+        assert strata.equal(torch.arange(u.numel()))
+        again = convert.sample_noise(n, 6, 3, block_size)
+        assert u.equal(again[0]) and noise.equal(again[1])
+        assert not noise.equal(convert.sample_noise(n, 6, 4, block_size)[1])
+        full = convert.sample_noise(n, 6, 3, block_size, 0.5)[0] == 1
+        assert full.double().mean().item() == pytest.approx(0.5, abs=0.6 / u.numel())
 
 
 def meta_by_hand(start, end):
@@ -166,28 +173,29 @@ def meta_by_hand(start, end):
     return torch.tensor([(i, 0, i + 1) for i in range(start)] + noisy).T[:, None]
 
 
-def loss_by_hand(model, ids, t, noise, ar, distill):
-    """The loss of windows ids (B, T) for a linear schedule of 10 steps, term by term."""
+def loss_by_hand(model, ids, u, noise, ar, distill):
+    """The loss of windows ids (B, T) for a linear schedule, term by term."""
     (B, T), block, loss = ids.shape, model.block_size or ids.shape[1], 0
     for b, start in itertools.product(range(B), range(0, T, block)):
-        end, t_of_block = start + block, t[b, start // block]
+        end, time = start + block, u[b, start // block].item()
         model.set_causal(True)
         ar_log_p = model.lm(ids[b:b + 1]).logits[0].log_softmax(-1)
         for i in range(max(start, 1), end):  # a block starts with a token of the AR model
             loss += -(ar + (i == start)) * ar_log_p[i - 1, ids[b, i]]
 
-        fully_masked, mask_rate = t_of_block > 10, min(t_of_block.item(), 10) / 10
-        masked = [i for i in range(start, end) if i > 0 and noise[b, i] < mask_rate]
+        maskable = sorted(range(max(start, 1), end), key=lambda i, b=b: noise[b, i].item())
+        count = max(1, math.ceil(len(maskable) * time))
         xt = ids[b:b + 1, :end].clone()
-        xt[0, masked] = model.mask_id
+        xt[0, maskable[:count]] = model.mask_id
         model.set_causal(False)
         inputs = model.attention_inputs(meta_by_hand(start, end))
-        log_p = model(xt, t_of_block.clamp(max=10).view(1, 1), **inputs)[0].log_softmax(-1)
-        for i in masked:
+        share = torch.tensor([[math.ceil(count / block * model.num_timesteps)]])
+        log_p = model(xt, share, **inputs)[0].log_softmax(-1)
+        for i in maskable[:count]:
             if i > start:
                 teacher, student = ar_log_p[i - 1].detach(), log_p[i - 1]
                 kl = (teacher.exp() * (teacher - student)).sum()
-                weight = 1 if fully_masked else 1 / mask_rate
+                weight = 1 if time == 1 else len(maskable) / count
                 loss += weight * (distill * kl - student[ids[b, i]])
     return loss / (B * (T - 1))
 
@@ -196,9 +204,9 @@ def loss_by_hand(model, ids, t, noise, ar, distill):
 def test_the_loss_and_its_gradient_equal_a_brute_force_sum(block_size, full_mask_share, distill):
     model = diffusion(random_lm("llama"), "linear", 10, block_size=block_size)
     ids = random_ids(5, 12)
-    t, noise = convert.sample_noise(5, 12, 10, 0, block_size, full_mask_share)
-    assert (t > 10).float().mean() == pytest.approx(full_mask_share, abs=0.12)
-    expected = loss_by_hand(model, ids, t, noise, 0.5, distill)
+    u, noise = convert.sample_noise(5, 12, 0, block_size, full_mask_share)
+    assert (u == 1).float().mean() == pytest.approx(full_mask_share, abs=0.12)
+    expected = loss_by_hand(model, ids, u, noise, 0.5, distill)
     expected.backward()
     gradient = gradients(model)
     for name in ("mask_embedding", "time_mlp.2.weight"):
@@ -206,15 +214,15 @@ def test_the_loss_and_its_gradient_equal_a_brute_force_sum(block_size, full_mask
 
     for micro_batch, rows_of_head in ((1, 99), (2, 2), (5, 99)):
         model.head_floats = 99 * rows_of_head  # in chunks
-        loss = train_step(model, ids, t, noise, micro_batch, 0.5, distill)
+        loss = train_step(model, ids, u, noise, micro_batch, 0.5, distill)
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert_close(gradients(model), gradient, rtol=1e-3, atol=1e-6)
 
 
-def nelbo(cost, schedule, T=1000, n=40000):
+def nelbo(cost, schedule, n=40000):
     """The NELBO of n windows of tokens 0..7 if each costs cost(share of masked, token) nats."""
-    model, x0 = no_model(schedule, T), torch.arange(8).repeat(n, 1)
-    batch = convert.loss_weights(x0, *convert.sample_noise(n, 8, T, 0), model)
+    model, x0 = no_model(schedule), torch.arange(8).repeat(n, 1)
+    batch = convert.loss_weights(x0, *convert.sample_noise(n, 8, 0), model)
     [inputs] = convert.forward_passes(batch, n, model)
     assert inputs["attention"] == "bidirectional"
     share = (inputs["ids"] == 99).double().sum(1) / 7  # the first never is
@@ -222,13 +230,13 @@ def nelbo(cost, schedule, T=1000, n=40000):
     return (costs * inputs["weights"]).sum().item()
 
 
-def test_a_fixed_predictor_has_the_same_nelbo_under_every_schedule_and_another_nearly():
+def test_a_predictor_has_the_same_nelbo_under_every_schedule():
     nats = torch.tensor([9, 1, 1.5, 2, 2, 2, 2.5, 3])  # by token; nothing predicts the first
-    for T, schedule in itertools.product((10, 1000), SCHEDULES):
-        found = nelbo(lambda share, tokens: nats[tokens], schedule, T)
-        assert found == pytest.approx(2, rel=0.02)
+    for schedule in SCHEDULES:
+        found = nelbo(lambda share, tokens: nats[tokens], schedule)
+        assert found == pytest.approx(2, rel=0.01)
     worse_with_noise = [nelbo(lambda share, tokens: share * (1 + tokens), s) for s in SCHEDULES]
-    assert max(worse_with_noise) / min(worse_with_noise) < 1.03
+    assert max(worse_with_noise) / min(worse_with_noise) < 1.01
 
 
 def test_a_uniform_guess_scores_log_v_and_its_bits_are_per_byte():
@@ -246,21 +254,23 @@ def test_a_uniform_guess_scores_log_v_and_its_bits_are_per_byte():
 @cases("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_a_batch_with_no_masked_token_has_a_finite_loss_and_gradient(family, block_size):
     model = diffusion(random_lm(family), block_size=block_size).train()
-    t = torch.ones(2, 2 if block_size else 1, dtype=torch.long)
-    loss = train_step(model, random_ids(2, 8), t, torch.ones(2, 8).double())
+    x0, u = ~random_ids(2, 8), torch.ones(2, 2 if block_size else 1).double()  # all context
+    if block_size:
+        x0[:, 4] = ~x0[:, 4]  # the first of a block, from a clean state
+    loss = train_step(model, x0, u, torch.ones(2, 8).double())
     assert math.isfinite(loss) and (loss > 0) == (block_size > 0), "AR tokens are scored"
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 @cases("block_size, n_plain, n_context", [(0, [5, 5], [3, 3]), (3, [9], [5])])
 def test_context_and_the_first_token_are_never_masked_nor_scored(block_size, n_plain, n_context):
-    model, t = no_model(block_size=block_size), torch.full((4, 2 if block_size else 1), 1000)
+    model, u = no_model(block_size=block_size), torch.ones(4, 2 if block_size else 1).double()
     noise, plain = torch.zeros(4, 6).double(), torch.zeros(4, 6, dtype=torch.long)
     context = plain.clone()
     context[:, 4:] = ~context[:, 4:]  # as padding or the prompt of a chat
 
     for x0, n_scored, last in ((plain, n_plain, 99), (context, n_context, 0)):
-        batch = convert.loss_weights(x0, t, noise, model, 1, 1)
+        batch = convert.loss_weights(x0, u, noise, model, 1, 1)
         passes = convert.forward_passes(batch, 4, model)
         assert batch[0].equal(plain)
         assert batch[1].tolist() == [[0, 99, 99, 99, last, last]] * 4
@@ -270,9 +280,11 @@ def test_context_and_the_first_token_are_never_masked_nor_scored(block_size, n_p
 @cases("block_size, noisy", [(0, [1, 2, 3, 5]), (3, [1, 2, 5])])
 def test_token_i_is_predicted_from_the_state_at_i_minus_1(block_size, noisy):
     x0, noise = torch.arange(6)[None], torch.tensor([[0, 0, 0, 0, 1, 0]]).double()  # 4 stays
-    model, t = no_model(block_size=block_size), torch.full((1, 2 if block_size else 1), 500)
+    model, u = no_model("linear", block_size=block_size), torch.full((1, 1), 0.7).double()
+    if block_size:
+        u = torch.tensor([[0.9, 0.6]]).double()  # 2 of 2 and 2 of 3 are masked
 
-    batch = convert.loss_weights(x0, t, noise, model, 1, 0.5)
+    batch = convert.loss_weights(x0, u, noise, model, 1, 0.5)
     passes = list(convert.forward_passes(batch, 1, model, distill=0.7))
     rows, targets, weights = (
         torch.cat([x[name] for x in passes]) for name in ("rows", "targets", "weights"))
@@ -285,9 +297,9 @@ def test_token_i_is_predicted_from_the_state_at_i_minus_1(block_size, noisy):
 
 
 def test_of_a_models_own_text_only_what_it_drafts_is_scored():
-    x0, t, noise = random_ids(4, 8), torch.full((4, 2), 900), torch.rand(4, 8).double()
+    x0, u, noise = random_ids(4, 8), torch.full((4, 2), 0.9).double(), torch.rand(4, 8).double()
     both, without_ar = (
-        convert.loss_weights(x0, t, noise, no_model(block_size=4), 1, ar, n_on_policy=2)[3:]
+        convert.loss_weights(x0, u, noise, no_model(block_size=4), 1, ar, n_on_policy=2)[3:]
         for ar in (0.5, 0))
     assert not both[1][:2].any() and both[0][:2].any() and both[0].equal(without_ar[0])
     assert without_ar[1][2:, 4].all(), "the first token of a block, from the clean copy"
@@ -493,7 +505,7 @@ def next_block(model, text, passes):
     inputs = model.attention_inputs(meta_by_hand(n, n + 4))
     for passes_left in range(passes, 0, -1):
         masked = [j for j in range(4) if block[j] == model.mask_id]
-        t = model.t_for_mask_rate(torch.tensor([len(masked) / 4]))
+        t = convert.timestep(torch.tensor([[len(masked) / 4]]), model)
         logits = model(torch.tensor([text + block]), t, **inputs)[0, n - 1:-1]
         prob, best = logits.softmax(-1).max(-1)
         surest_first = sorted(masked, key=lambda j: -prob[j])
@@ -574,8 +586,8 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(
     assert n_attention <= len(params) < len(list(model.parameters()))
     optimizer = torch.optim.AdamW(params)
     for step in range(2):
-        t, noise = convert.sample_noise(4, 16, 1000, step, block_size)
-        train_step(model, ids, t, noise, 2, 0, 0.1 * block_size, optimizer, 1e-2)
+        u, noise = convert.sample_noise(4, 16, step, block_size)
+        train_step(model, ids, u, noise, 2, 0, 0.1 * block_size, optimizer, 1e-2)
     assert all(p.grad is not None for p in params)
     model.eval()
     save_final(final, model, lora=lora, logit_shift=True)  # as older versions wrote
@@ -1701,11 +1713,10 @@ def test_cuda_blocks_take_flex_attention_or_say_why_not(capsys, family, head_dim
     x0 = random_ids(3, 32)
     for one in (model, mask_tensor):
         one.requires_grad_(True)
-        t, noise = convert.sample_noise(3, 32, 1000, 0, 4)
-        batch = convert.loss_weights(x0, t, noise, one, 1.0, 0.5)
+        batch = convert.loss_weights(x0, *convert.sample_noise(3, 32, 0, 4), one, 1.0, 0.5)
         for inputs in convert.forward_passes(batch, 3, one, 1.0):
             with autocast:
-                one.loss(**inputs).backward()
+                one.loss(**inputs).sum().backward()
     for name, expected in gradients(mask_tensor).items():
         found, tolerance = gradients(model)[name], 1e-3 if dtype == "float32" else 0.1
         assert (found - expected).norm() <= tolerance * expected.norm() + 1e-6, name
@@ -1717,12 +1728,12 @@ def test_cuda_forward_and_backward_never_wait_for_the_device(block_size):
     model = diffusion(random_lm("llama"), block_size=block_size).cuda().train()
     convert.set_up_model(model, False, NO_AUTOCAST_CUDA)
     model.requires_grad_(True)
-    t, noise = convert.sample_noise(4, 16, 1000, 0, block_size)
-    batch = convert.loss_weights(random_ids(4, 16), t, noise, model)
+    batch = convert.loss_weights(random_ids(4, 16), *convert.sample_noise(4, 16, 0, block_size),
+                                 model)
 
     def forward_backward():
         for inputs in convert.forward_passes(batch, 2, model):
-            model.loss(**inputs).backward()
+            model.loss(**inputs).sum().backward()
 
     forward_backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -1861,7 +1872,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(small_settings, more):
     model.lm.set_attn_implementation("eager")  # whose products torch counts in both directions
     with FlopCounterMode(display=False) as counter:
         for inputs in passes:
-            model.loss(**inputs).backward()
+            model.loss(**inputs).sum().backward()
     assert bench.step_flops(model, passes) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 

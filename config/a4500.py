@@ -5,6 +5,7 @@
 gradient_accumulation_steps = max(1, batch_size * gradient_accumulation_steps // 4)
 batch_size = 4  # halved if memory runs out
 max_memory_gb = 17.0  # a cap that leaves 3 GB for the screen and the driver
+device = "cuda"
 dtype = "bfloat16"  # for Ampere and later; has float32's range, so needs no loss scaling
 compile_model = True
 use_8bit_adam = True

@@ -12,6 +12,7 @@ batch_size = 2
 gradient_accumulation_steps = 16
 learning_rate = 1e-4
 
+device = "cuda"
 dtype = "bfloat16"  # Phi-2's attention overflows in float16
 use_8bit_adam = True  # 32-bit Adam would need 17 GB more
 use_gradient_checkpointing = True

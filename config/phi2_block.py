@@ -22,6 +22,7 @@ batch_size = 1
 gradient_accumulation_steps = 32
 learning_rate = 5e-5
 
+device = "cuda"
 dtype = "bfloat16"  # Phi-2's attention overflows in float16
 use_8bit_adam = True
 use_gradient_checkpointing = True

@@ -22,5 +22,6 @@ stage2_epochs = 4.0
 stage3_epochs = 0.0
 learning_rate = 5e-4
 
+device = "cuda"
 dtype = "bfloat16"  # Phi-2's attention overflows in float16
 use_gradient_checkpointing = True
