@@ -1974,9 +1974,10 @@ def encode_chat(tokenizer, text, length, block):
         start = [x for x in ids[:1] if ~x == tokenizer.bos_token_id]  # opens further windows, too
         while ids:
             window, ids = ids[:length], ids[length:]
-            windows.append(fill_up(window, end, block or length, length))
+            if max(window[1:], default=-1) >= 0:  # nothing predicts the first
+                windows += fill_up(window, end, block or length, length)
             ids = ids and start + ids
-    return [x for window in windows if max(window[1:]) >= 0 for x in window]
+    return windows
 
 
 def make_encoder(tokenizer, sample):

@@ -719,11 +719,124 @@ def test_in_a_chat_only_what_the_assistant_says_is_scored(tmp_path, turns):
     train, held, _ = build(tmp_path, tokenizer=chat_tokenizer())
     windows = np.concatenate([train, held])
 
-    assert sorted(decode(windows[windows >= 0]).split("\n")) == sorted([*said, ""])
+    scored = windows[(windows >= 0) & (windows != 256)]  # without the ends of text
+    assert sorted(decode(scored).split("\n")) == sorted([*said, ""])
     assert "<assistant>" in decode(train) and (train >= 0).any(1).all()
     assert decode(train[0]).startswith("<user>"), "a conversation starts its own window"
     with pytest.raises(configurator.UserError, match="chat template"):
         build(tmp_path)
+
+
+def user(content, **more):
+    return {"role": "user", "content": content} | more
+
+
+def said(content, role="assistant"):
+    return {"role": role, "content": content}
+
+
+PARTS = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+IMAGE = [{"type": "image", "image": "x.png"}]
+
+
+@cases("row, expected", [  # a conversation, and what the assistant says in it, or why it is refused
+    ({"messages": [user("a"), said("hello")]}, "hello"),
+    ({"messages": [said("welcome"), user("a"), said("hello")]}, "hello"),  # opened by the assistant
+    ({"messages": [user("a"), said("\nhello")]}, "\nhello"),
+    ({"messages": [user(PARTS), said(PARTS)]}, "hello"),
+    ({"messages": [user("a"), said("hello", "gpt"), user("b"), said("you", "model")]},
+     "hello\nyou"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "hello"}]},
+     "hello"),
+    ({"prompt": "a", "response": "hello"}, "hello"),
+    ({"prompt": "a", "completion": "hello"}, "hello"),
+    ({"prompt": [user("a")], "completion": [said("hello")]}, "hello"),
+    ({"messages": [user("a"), said("hello"), user("b"), said("")]}, "hello"),  # no second answer
+    ({"messages": [user("a"), said(None)]}, ValueError("no answer")),
+    ({"prompt": "a", "response": " "}, ValueError("no answer")),
+    ({"messages": [user(IMAGE), said(PARTS)]}, ValueError("no text")),
+    ({"messages": [user({"b": 1}), said({"b": 1})]}, ValueError("no text")),
+    ({"messages": "a"}, ValueError("list of messages"))])
+def test_a_conversation_is_read_as_text_in_each_of_its_forms(row, expected):
+    tokenizer = chat_tokenizer()
+    [text] = convert.conversations(datasets.Dataset.from_list([row]), "a", False)
+    if isinstance(expected, ValueError):
+        with pytest.raises(ValueError, match=str(expected)):
+            convert.encode_chat(tokenizer, text, 64, 4)
+        return
+    ids = np.array(convert.encode_chat(tokenizer, text, 64, 4))
+    assert len(ids) == 64
+    scored, ends = ids[ids >= 0], ids == 256
+    assert tokenizer.decode(scored[scored != 256]).strip("\n") == expected.strip("\n")
+    assert ("\n" == expected[0]) == (scored[0] == tokenizer.encode("\n")[0])
+    last = np.flatnonzero(ends)
+    assert 1 <= len(last) <= 4 and (last[-1] + 1) % 4 == 0, "ends up to the end of its block"
+    assert (ids[last[-1] + 1:] == ~256).all(), "the model does not see how long the answer is"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer():
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (  # thinks in the last turn only, as Qwen3's
+        "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' and "
+        "loop.last %}{{ '<think>' }}{% endif %}{{ m['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+    row = {"messages": [user("a"), said("one"), user("b"), said("two")], "complete": True}
+    texts = [[part for part, is_said in pieces if is_said] for pieces in
+             convert.chat_pieces(tokenizer, row)]
+    assert texts == [["<think>one\n"], ["<think>two\n"]]
+
+
+def test_what_a_template_refuses_is_left_out_and_counted_with_the_first_row(tmp_path):
+    rows = [{"messages": [user(words(2, i)), said(words(3, i))]} for i in range(40)]
+    rows[7]["messages"][0]["role"] = "critic"
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = ("{% if messages[0]['role'] == 'critic' %}"
+                               "{{ raise_exception('no critics') }}{% endif %}"
+                               + tokenizer.chat_template)
+    write_rows(tmp_path, rows)
+    report = build(tmp_path, tokenizer=tokenizer, max_seq_length=64)[2]
+    assert "1 conversations refused, the first in row 8: no critics" in convert.left_out(report)
+    write_rows(tmp_path, [rows[7]] * 40)
+    with pytest.raises(configurator.UserError, match="too little held text.*no critics"):
+        build(tmp_path, tokenizer=tokenizer, max_seq_length=64)
+
+
+def with_bos(tokenizer):
+    """A tokenizer that opens each text with a BOS, id 257."""
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    return tokenizer
+
+
+def test_where_the_tokenizer_opens_a_text_with_bos_every_window_and_prompt_does(tmp_path):
+    write_rows(tmp_path, many(40, 50))
+    tokenizer, plain = with_bos(convert.byte_tokenizer()), convert.byte_tokenizer()
+    assert tokenizer("a")["input_ids"] == [257, *plain("a")["input_ids"]]
+    train, held, _ = build(tmp_path, tokenizer=tokenizer)
+    for windows in (train, held):
+        assert (windows[:, 0] == 257).all() and not (windows[:, 1:] == 257).any()
+    assert decode(train[:, 1:])[:600] == decode(build(tmp_path)[0])[:600], "no text is lost"
+
+    model = SimpleNamespace(block_size=0, max_positions=99)
+    assert convert.encode_prompt(model, tokenizer, "ab", 4) == tokenizer("ab")["input_ids"]
+    assert convert.encode_prompt(model, tokenizer, "", 4) == [257]
+    assert convert.encode_prompt(model, plain, "", 4) == [256]
+
+    chat = with_bos(chat_tokenizer())
+    chat.chat_template = "<bos>" + chat.chat_template
+    row = {"messages": [user("a"), said("hello " * 9)], "complete": True}
+    ids = np.array(convert.encode_chat(chat, json.dumps(row), 32, 0)).reshape(-1, 32)
+    assert (ids[:, 0] == ~257).all() and (ids == ~257).sum() == len(ids) > 1
+
+
+def test_repeated_ends_count_in_the_diffusion_and_not_in_the_ar_loss():
+    model = SimpleNamespace(**vars(no_model()) | {"end_id": 7})
+    x0 = torch.tensor([[1, 2, 7, 7, 7, 3]])
+    *_, diffusion_w, ar_w = convert.loss_weights(
+        x0, torch.ones(1, 1).double(), torch.zeros(1, 6).double(), model, 1, 1)
+    assert (diffusion_w > 0).tolist() == [[False, True, True, True, True, True]]
+    assert (ar_w > 0).tolist() == [[False, True, True, False, False, True]]
 
 
 def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
@@ -731,8 +844,8 @@ def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
     with pytest.raises(configurator.UserError, match="no response"):
         build(tmp_path, tokenizer=chat_tokenizer())
 
-    answered = {"use_lora": True, "on_policy_tokens": 99}
-    train, held, _ = build(tmp_path, tokenizer=chat_tokenizer(), **answered)
+    answered = {"use_lora": True, "on_policy_tokens": 99, "on_policy_share": 1.0}
+    train, held, _ = build(tmp_path, tokenizer=chat_tokenizer(), max_seq_length=64, **answered)
 
     found = [decode(w[w < 0]).split("<assistant>")[0] for w in (*train, *held)]
     assert sorted(found) == sorted(f"<user>{text}\n" for text in many(40, 2))
@@ -775,6 +888,86 @@ def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path
         text, other = decode(train), decode(held)
         assert not any(other[i:i + 64] in text for i in range(0, len(other) - 64, 7))
         assert report["held_out_share_in_training"] < 0.01
+
+
+@cases("shared", ["header", "chat"])
+def test_text_that_many_documents_share_is_no_evidence_of_copying(tmp_path, shared):
+    documents, copies = many(200, 60), many(6, 60)
+    header, tokenizer = words(60, 999), chat_tokenizer()
+    rows = [header + " " + text for text in documents + copies + copies]
+    if shared == "chat":
+        rows = [{"messages": [said(header, "system"), user(text[:50]), said(text[50:])]}
+                for text in rows]
+    write_rows(tmp_path, rows)
+    report = build(tmp_path, tokenizer=tokenizer, max_seq_length=64)[2]
+    assert report["documents"] > 190 and report["near_duplicates_left_out"] <= 6
+    assert report["held_out_share_in_training"] < 0.01
+
+
+def test_of_a_document_copied_many_times_no_copy_is_trained_on_when_one_is_held_out(tmp_path):
+    write_rows(tmp_path, many(100, 60) + [words(60, 999)] * 50)
+    train, held, report = build(tmp_path, eval_samples=1000)
+    assert words(60, 999)[:64] in decode(held) and words(60, 999)[:64] not in decode(train)
+    assert "left out (" in convert.left_out(report) and report["near_duplicates_left_out"] > 40
+
+
+def test_training_text_is_a_sample_of_the_corpus_and_not_its_head(tmp_path):
+    write_rows(tmp_path, ["a" + words(60, i) for i in range(200)]
+               + ["b" + words(60, i) for i in range(200)])  # sorted
+    train, held, _ = build(tmp_path, max_train_samples=300, eval_samples=200)
+    for windows in (train, held):
+        a, b = (len(re.findall(f"{letter}\\d", decode(windows))) for letter in "ab")
+        assert a > 0.2 * b and b > 0.2 * a
+
+
+@cases("layout", ["a/train.jsonl a/validation.jsonl a/test.jsonl", "a/train/0.jsonl a/dev/1.jsonl",
+                  "a/data/train-00000-of-00002.jsonl a/data/train-00001-of-00002.jsonl "
+                  "a/data/valid-00000-of-00001.jsonl a/dataset_infos.json a/README.md"])
+def test_files_named_after_splits_are_these_splits(tmp_path, layout):
+    for i, name in enumerate(layout.split()):
+        path, [split] = tmp_path / name, re.findall("train|val|dev|test", name) or ["none"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"text": f"{split} {words(60, 100 * i + j)}"}) for j in range(30)]
+        path.write_text("\n".join(rows) if path.suffix == ".jsonl" else "{}")
+    train, held, _ = build(tmp_path, "a", dataset_name=str(tmp_path / "a"))
+    assert set(re.findall("train|val|dev|test", decode(train))) == {"train"}
+    assert len(set(re.findall("train|val|dev|test", decode(held))) - {"train"}) == 1
+
+
+def test_other_split_names_can_be_given_and_wrong_ones_are_answered_with_those_there(tmp_path):
+    texts = {"train_sft": many(30, 60), "validation_sft": ["held " + words(60, 99)] * 9}
+    splits = {name: datasets.Dataset.from_dict({"text": x}) for name, x in texts.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    splits["train_sft"].save_to_disk(tmp_path / "one")
+    saved = {"dataset_name": str(tmp_path / "saved"), "text_column": "text"}
+    assert decode(build(tmp_path, dataset_split="train_sft", **saved)[1]).startswith("held")
+    with pytest.raises(configurator.UserError, match="dataset_split: .*has no 'train', it has tr"):
+        build(tmp_path, **saved)
+    assert len(build(tmp_path, dataset_name=str(tmp_path / "one"))[0]) > 9
+
+
+@cases("rows, message", [
+    ([{"text": i} for i in range(30)], "holds Value.'int64'., not text"),
+    ([{"text": ["a"]} for i in range(30)], "holds List.* not text"),
+    ([{"text": "a", "m": 1}], "is one row"),
+    ([{"prompt": "a", "answer": "b"}] * 30, "no response or completion, it has prompt, answer")])
+def test_data_of_another_kind_is_named_with_what_it_is(tmp_path, rows, message):
+    write_rows(tmp_path, rows)
+    with pytest.raises(configurator.UserError, match=message):
+        build(tmp_path, tokenizer=chat_tokenizer())
+
+
+def test_a_byte_order_mark_is_no_text_and_ids_take_the_type_of_the_largest(tmp_path):
+    lines = [words(12, i) for i in range(400)]
+    (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
+    (tmp_path / "b.csv").write_text("\ufefftext\n" + "\n".join(lines), "utf-8")
+    tokenizer = convert.byte_tokenizer()
+    for name in ("a.txt", "b.csv"):
+        train, held, _ = build(tmp_path, name, tokenizer=tokenizer)
+        assert "\ufeff" not in decode(train) + decode(held) and train.dtype == np.uint16
+    tokenizer.get_vocab = lambda: {"a": 0, "far": 2**16}  # fewer tokens than its largest id
+    tokenizer.get_added_vocab = dict
+    assert build(tmp_path, "a.txt", tokenizer=tokenizer, seed=1)[0].dtype == np.uint32
 
 
 def test_the_built_in_corpus_is_split_clean(tmp_path):
