@@ -657,115 +657,6 @@ def causal_switches(lm):
 
 
 # ----------------------------------------------------------------------------------------------
-# The probe: no table of families. What attention does is measured on the model at hand.
-@torch.no_grad()
-def probe(model, max_seq_length):
-    """How far position 0's hidden state moves, relative to the largest, if the last token changes:
-    (when causal, when bidirectional). UserError if the model is not causal, or cannot be switched,
-    or has too few positions."""
-    check_length(model, max_seq_length)
-    length = min(max_seq_length, max(8, (model.window or 0) + 2))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.mask_id, (1, length), generator=generator).to(model.device)
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % model.mask_id
-    kind, training, moved = model.lm.config.model_type, model.training, {}
-    model.eval()  # dropout would move everything
-    for causal in (None, False, True):  # None, as loaded: an encoder must not pass for a decoder
-        if causal is not None:
-            model.set_causal(causal)
-        with errors_as(f"architecture '{kind}' does not run from embeddings alone"):
-            a, b = (model.hidden(x, None)[1][0] for x in (ids, changed))  # (T, C)
-            model(torch.full_like(ids, model.mask_id), t=ids[:, :1], rows=0 * ids[0, :1])  # masks
-        moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
-    if not max(moved[None], moved[True]) < 1e-4:
-        raise UserError(f"architecture '{kind}' is no AR decoder: position 0 sees the last token")
-    if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
-        raise UserError(f"architecture '{kind}' cannot be made bidirectional, its attention stays "
-                        "causal; --use_bidirectional_attention=false trains it as it is")
-    probe_logits(model, ids[:, :8])
-    if model.block_size:
-        probe_blocks(model, ids, a)  # of the last pass, the causal one
-    if model.bidirectional:
-        turned = turned_layers(model, ids)
-        if not all(turned):
-            print(f"probe: in {sum(turned)} of {len(turned)} layers position 0 can see the last "
-                  "token, the others stay left-to-right")
-    model.train(training)
-    return moved[True], moved[False]
-
-
-def rounding(dtype):
-    """How far results may be off, relative to the largest: sums of another order differ in the last
-    bits, of which bfloat16 has 8."""
-    return 1e-4 if dtype == torch.float32 else 0.05
-
-
-def probe_logits(model, ids):
-    """Check that embeddings, decoder and gathered head give the logits that the Hugging Face model
-    gives for ids (1, T), all of them and some. Else UserError: there are families whose layers look
-    ids up once more, or that have no decoder of their own."""
-    model.set_causal(True)
-    rows = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
-    with errors_as(f"architecture '{model.lm.config.model_type}' does not run in parts"):
-        expected = model.lm(input_ids=ids, use_cache=False).logits[0]  # (T, V)
-        for found, wanted in ((model(ids)[0], expected), (model(ids, None, rows), expected[rows])):
-            off = (found - wanted).abs().max() / wanted.abs().max()
-            if not off < rounding(wanted.dtype):
-                raise ValueError(f"logits from embeddings are off by {off:.0e} of those from ids")
-
-
-def turned_layers(model, ids):
-    """For each layer of the bidirectional decoder, whether its output at position 0 depends on its
-    own input at the last position: recurrent layers and convolutions stay causal."""
-    turned = []
-
-    def run_again(layer, args, kwargs, output):
-        first = output[0] if isinstance(output, tuple) else output  # (1, T, C)
-        changed = args[0].clone()
-        changed[:, -1] *= -1
-        again = layer.forward(changed, *args[1:], **kwargs)
-        again = again[0] if isinstance(again, tuple) else again
-        moved = (first[:, 0] - again[:, 0]).abs().max() / first.abs().max()
-        turned.append(moved.item() > 1e-6)
-
-    hooks = [layer.register_forward_hook(run_again, with_kwargs=True)
-             for layer in decoder_layers(model.lm)]
-    try:
-        model.set_causal(False)
-        model.hidden(ids, None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return turned
-
-
-def probe_blocks(model, ids, expected):
-    """Check [clean | noisy] in one pass, in blocks of one token and without masks: both copies must
-    have the hidden states (T, C) of the causal model, past a sliding window too, and the clean copy
-    even with adapters that act. Two rows: some families want a mask each. Else UserError."""
-    kind, T = model.lm.config.model_type, ids.shape[1]
-    weights = [m.lora_B["default"].weight for _, _, m in model.adapters]
-    saved = [p.detach().clone() for p in weights]
-    block_size, model.block_size = model.block_size, 1
-    checks = [("block_size", 0.0, 2 * T, "--block_size=0 works")]
-    if model.adapters:
-        checks.append(("use_lora", 1.0, T, "try --lora_targets=attention"))
-    for setting, fill, n_rows, advice in checks:
-        for p in weights:
-            p.data.fill_(fill)
-        with errors_as(f"{setting}: architecture '{kind}' does not take it"):
-            states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0]
-        for p, old in zip(weights, saved, strict=True):
-            p.data.copy_(old)
-        off = (states - expected.repeat(2, 1))[:n_rows].abs().max() / expected.abs().max()
-        if not off < rounding(expected.dtype):  # NaN fails, too
-            raise UserError(f"{setting}: architecture '{kind}' cannot keep its clean copy apart, "
-                            f"it is off by {off:.0e}; {advice}")
-    model.block_size = block_size
-
-
-# ----------------------------------------------------------------------------------------------
 # The sampler: from masks to text
 def logits_to_probs(logits, temperature=0.0, top_k=0, top_p=1.0):
     """The distribution (N, V) to draw from: temperature 0 is the most likely token alone, top_k the
@@ -1089,35 +980,6 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
     bits = nelbo * sum(map(len, scored)) / math.log(2)
     return row | {"eval_ppl_bound": math.exp(min(nelbo, 700)), "eval_bpb": bits / max(1, n_bytes),
                   "ar_ppl": math.exp(min(ar_loss, 700))}
-
-
-def opening(tokenizer):
-    """[BOS] where the tokenizer opens a text with it, else []. A model that was trained behind a
-    BOS reads badly without, so every window and prompt starts with it, as context."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
-
-
-def end_ids(lm, tokenizer):
-    """All that ends a text: the tokenizer's end of text, and the ends of generation_config, which
-    are ends of turns as well."""
-    ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()
-    return sorted({tokenizer.eos_token_id, *ends} - {None})
-
-
-def encode_prompt(model, tokenizer, prompt, new_tokens, start=None):
-    """The ids of a prompt behind start, by default BOS; an empty one starts a document, after BOS
-    or an end of text. UserError if it and new_tokens more, in whole blocks, exceed the model's
-    positions."""
-    ids = opening(tokenizer) if start is None else start
-    ids = ids + tokenizer.encode(prompt, add_special_tokens=False)
-    ids = ids or [tokenizer.eos_token_id or 0]
-    block = model.block_size or 1
-    length = len(ids) + math.ceil(new_tokens / block) * block
-    if length > model.max_positions:
-        raise UserError(f"the prompt and what follows have {length} tokens, the model has "
-                        f"{model.max_positions} positions")
-    return ids
 
 
 def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
@@ -1450,7 +1312,7 @@ def stop_on_signal():
         os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, handler)
     return stop
 
@@ -1461,6 +1323,115 @@ def leave(stop):
     again = [arg for arg in sys.argv if not arg.startswith(once)]
     tqdm.write(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
     sys.exit(128 + stop[0])
+
+
+# ----------------------------------------------------------------------------------------------
+# The probe: no table of families. What attention does is measured on the model at hand.
+@torch.no_grad()
+def probe(model, max_seq_length):
+    """How far position 0's hidden state moves, relative to the largest, if the last token changes:
+    (when causal, when bidirectional). UserError if the model is not causal, or cannot be switched,
+    or has too few positions."""
+    check_length(model, max_seq_length)
+    length = min(max_seq_length, max(8, (model.window or 0) + 2))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.mask_id, (1, length), generator=generator).to(model.device)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % model.mask_id
+    kind, training, moved = model.lm.config.model_type, model.training, {}
+    model.eval()  # dropout would move everything
+    for causal in (None, False, True):  # None, as loaded: an encoder must not pass for a decoder
+        if causal is not None:
+            model.set_causal(causal)
+        with errors_as(f"architecture '{kind}' does not run from embeddings alone"):
+            a, b = (model.hidden(x, None)[1][0] for x in (ids, changed))  # (T, C)
+            model(torch.full_like(ids, model.mask_id), t=ids[:, :1], rows=0 * ids[0, :1])  # masks
+        moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
+    if not max(moved[None], moved[True]) < 1e-4:
+        raise UserError(f"architecture '{kind}' is no AR decoder: position 0 sees the last token")
+    if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
+        raise UserError(f"architecture '{kind}' cannot be made bidirectional, its attention stays "
+                        "causal; --use_bidirectional_attention=false trains it as it is")
+    probe_logits(model, ids[:, :8])
+    if model.block_size:
+        probe_blocks(model, ids, a)  # of the last pass, the causal one
+    if model.bidirectional:
+        turned = turned_layers(model, ids)
+        if not all(turned):
+            print(f"probe: in {sum(turned)} of {len(turned)} layers position 0 can see the last "
+                  "token, the others stay left-to-right")
+    model.train(training)
+    return moved[True], moved[False]
+
+
+def rounding(dtype):
+    """How far results may be off, relative to the largest: sums of another order differ in the last
+    bits, of which bfloat16 has 8."""
+    return 1e-4 if dtype == torch.float32 else 0.05
+
+
+def probe_logits(model, ids):
+    """Check that embeddings, decoder and gathered head give the logits that the Hugging Face model
+    gives for ids (1, T), all of them and some. Else UserError: there are families whose layers look
+    ids up once more, or that have no decoder of their own."""
+    model.set_causal(True)
+    rows = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
+    with errors_as(f"architecture '{model.lm.config.model_type}' does not run in parts"):
+        expected = model.lm(input_ids=ids, use_cache=False).logits[0]  # (T, V)
+        for found, wanted in ((model(ids)[0], expected), (model(ids, None, rows), expected[rows])):
+            off = (found - wanted).abs().max() / wanted.abs().max()
+            if not off < rounding(wanted.dtype):
+                raise ValueError(f"logits from embeddings are off by {off:.0e} of those from ids")
+
+
+def turned_layers(model, ids):
+    """For each layer of the bidirectional decoder, whether its output at position 0 depends on its
+    own input at the last position: recurrent layers and convolutions stay causal."""
+    turned = []
+
+    def run_again(layer, args, kwargs, output):
+        first = output[0] if isinstance(output, tuple) else output  # (1, T, C)
+        changed = args[0].clone()
+        changed[:, -1] *= -1
+        again = layer.forward(changed, *args[1:], **kwargs)
+        again = again[0] if isinstance(again, tuple) else again
+        moved = (first[:, 0] - again[:, 0]).abs().max() / first.abs().max()
+        turned.append(moved.item() > 1e-6)
+
+    hooks = [layer.register_forward_hook(run_again, with_kwargs=True)
+             for layer in decoder_layers(model.lm)]
+    try:
+        model.set_causal(False)
+        model.hidden(ids, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return turned
+
+
+def probe_blocks(model, ids, expected):
+    """Check [clean | noisy] in one pass, in blocks of one token and without masks: both copies must
+    have the hidden states (T, C) of the causal model, past a sliding window too, and the clean copy
+    even with adapters that act. Two rows: some families want a mask each. Else UserError."""
+    kind, T = model.lm.config.model_type, ids.shape[1]
+    weights = [m.lora_B["default"].weight for _, _, m in model.adapters]
+    saved = [p.detach().clone() for p in weights]
+    block_size, model.block_size = model.block_size, 1
+    checks = [("block_size", 0.0, 2 * T, "--block_size=0 works")]
+    if model.adapters:
+        checks.append(("use_lora", 1.0, T, "try --lora_targets=attention"))
+    for setting, fill, n_rows, advice in checks:
+        for p in weights:
+            p.data.fill_(fill)
+        with errors_as(f"{setting}: architecture '{kind}' does not take it"):
+            states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0]
+        for p, old in zip(weights, saved, strict=True):
+            p.data.copy_(old)
+        off = (states - expected.repeat(2, 1))[:n_rows].abs().max() / expected.abs().max()
+        if not off < rounding(expected.dtype):  # NaN fails, too
+            raise UserError(f"{setting}: architecture '{kind}' cannot keep its clean copy apart, "
+                            f"it is off by {off:.0e}; {advice}")
+    model.block_size = block_size
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1498,8 +1469,9 @@ def open_log(out, state, stages, limit_gb):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
     except BlockingIOError:
         raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
-    for leftover in out.glob(".*.tmp"):  # of a killed save
-        shutil.rmtree(leftover)
+    for pattern in (".checkpoint_*.tmp", ".final.tmp", ".untouched.tmp"):  # of a killed save
+        for leftover in out.glob(pattern):
+            shutil.rmtree(leftover)
     if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
     file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
@@ -1626,7 +1598,7 @@ def sync(path):
 def recover(out):
     """Undo what a kill inside save_folder() left behind: the folder that was being replaced gets
     its name back, if the new one does not have it yet."""
-    for old in out.glob(".*.old"):
+    for old in (*out.glob(".checkpoint_*.old"), *out.glob(".final.old")):
         path = out / old.name[1:].removesuffix(".old")
         if path.exists():
             shutil.rmtree(old)
@@ -1790,6 +1762,9 @@ def load_splits(name, config, cache):
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
              ".parquet": "parquet"}
     path, kind = Path(name), None
+    local = path.exists() or path.suffix in kinds or name[:1] in (".", "/")
+    if local and not path.exists():
+        raise UserError(f"dataset_name: there is no '{name}'")
     import datasets  # slow to import
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     if not sys.stderr.isatty():
@@ -1799,7 +1774,7 @@ def load_splits(name, config, cache):
             splits = datasets.load_from_disk(name)
             return (splits if isinstance(splits, dict) else {"train": splits}), kind
     what = {"path": name, "name": config or None}
-    if path.exists() or path.suffix in kinds or name[:1] in (".", "/"):
+    if local:
         files, kind = find_files(name, kinds)
         paths = {split: [glob.escape(str(p.absolute())) for p in found]
                  for split, found in files.items()}
@@ -1978,6 +1953,35 @@ def encode_chat(tokenizer, text, length, block):
                 windows += fill_up(window, end, block or length, length)
             ids = ids and start + ids
     return windows
+
+
+def opening(tokenizer):
+    """[BOS] where the tokenizer opens a text with it, else []. A model that was trained behind a
+    BOS reads badly without, so every window and prompt starts with it, as context."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+
+
+def end_ids(lm, tokenizer):
+    """All that ends a text: the tokenizer's end of text, and the ends of generation_config, which
+    are ends of turns as well."""
+    ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+def encode_prompt(model, tokenizer, prompt, new_tokens, start=None):
+    """The ids of a prompt behind start, by default BOS; an empty one starts a document, after BOS
+    or an end of text. UserError if it and new_tokens more, in whole blocks, exceed the model's
+    positions."""
+    ids = opening(tokenizer) if start is None else start
+    ids = ids + tokenizer.encode(prompt, add_special_tokens=False)
+    ids = ids or [tokenizer.eos_token_id or 0]
+    block = model.block_size or 1
+    length = len(ids) + math.ceil(new_tokens / block) * block
+    if length > model.max_positions:
+        raise UserError(f"the prompt and what follows have {length} tokens, the model has "
+                        f"{model.max_positions} positions")
+    return ids
 
 
 def make_encoder(tokenizer, sample):
@@ -2465,7 +2469,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
                             "weights there are not those that it was trained on")
     else:
         lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
-    if ours.get("lora") and not config_json and not base:
+    own_bytes = config_json or saved and saved.get("lora") or (path / "training.pt").exists()
+    if ours.get("lora") and not base and not own_bytes:  # a checkpoint does not stay, say
         local = Path(name).exists()
         base = {"name": str(Path(name).absolute()) if local else name, "sha256": fingerprint(lm),
                 "revision": None if local else lm.config._commit_hash}

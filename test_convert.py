@@ -691,7 +691,7 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
     encode = convert.byte_tokenizer().encode
     expected = [token for text in found[0] for token in (*encode(text), 256)]
 
-    assert len(found[0]) >= 36 and found[0] == [text for text in documents if text in found[0]]
+    assert len(found[0]) >= 36 and len(set(found[0])) == len(found[0])
     assert not set(found[0]) & set(found[1]) and not report["held_out_share_in_training"]
     assert train.ravel().tolist()[:len(expected)] == expected[:train.size]
     assert train.dtype == np.uint16 and isinstance(train, np.memmap)
@@ -1199,7 +1199,7 @@ def test_what_sample_cannot_do_is_one_line_and_exit_2(sample_main, flags):
 
 WRONG_DATA = [  # name, word of the error, content
     ("no.txt", "no.txt", None), ("./no", "./no", None), ("a.txt", "no text", ""),
-    ("a.txt", "too little", "short\n" * 9), ("a.csv", "no text", "text,b\n1,2\n3,4\n"),
+    ("a.txt", "too little", "short\n" * 9), ("a.csv", "not text", "text,b\n1,2\n3,4\n"),
     ("a.jsonl --text_column=txt", "did you mean 'text'", '{"text": "a"}\n'),
     ("a.jsonl", "a.jsonl", '{"text": "a\n{{'), ("a.jsonl", "a.jsonl", ""),
     ("a.txt", "near-duplicates", "again\n" * 3000), ("a.parquet", "a.parquet", "x" * 99),
@@ -1604,7 +1604,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(run, monkeypat
     run(NO_DROPOUT)
     monkeypatch.setattr(convert.DiffusionLM, "loss", limited)
     out = run(f"{NO_DROPOUT} --out_dir=b")
-    assert out.count("out of memory") == 2 and "1 windows at a time" in out
+    for size in ("(micro_batch)", "(eval_micro_batch)"):  # each has its own
+        assert out.count(size) == 2 and f"1 windows at a time {size}" in out
     check_same_losses(1e-4)
     room = 0
     run("--out_dir=c", error="--use_8bit_adam", code=1)
@@ -1742,9 +1743,9 @@ def test_tiny_converts_and_sample_writes(tmp_path):
     assert err.startswith("error: verify: needs a block model") and err.count("\n") == 1
 
 
-def check_verified(run_dir, cwd, *flags):
+def check_verified(run_dir, ar_model, cwd, *flags):
     """Verified decoding writes what Hugging Face's generate() does, and the AR mode beside it."""
-    lm = AutoModelForCausalLM.from_pretrained(cwd / run_dir / "final").eval()
+    lm = AutoModelForCausalLM.from_pretrained(ar_model).eval()
     (cwd / "prompts.txt").write_text("The object \nA statement\nIf both are given, then it")
     found = samples(f"--out_dir={run_dir}", "--prompts=prompts.txt", "--verify", "--compare",
                     "--max_new_tokens=40", *flags, cwd=cwd)
@@ -1767,11 +1768,9 @@ def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp
     out, _ = script(*command, *f"{FROM}{plain} {flags} --out_dir=lora".split(), cwd=tmp_path)
     assert "nothing to recover" in out
     assert len({row["ar_ppl"] for row in evaluations(tmp_path / "lora")}) == 1, "exactly"
-    assert weights(tmp_path / "lora/final") == weights(plain)
-
-    for run_dir in (final.parent, "lora"):
-        check_verified(run_dir, tmp_path, "--drafts=3", "--branches=4")
-        check_verified(run_dir, tmp_path, "--drafts=2", "--branches=0")
+    for run_dir in (final.parent, "lora"):  # the base of the adapters is not saved again
+        check_verified(run_dir, plain, tmp_path, "--drafts=3", "--branches=4")
+        check_verified(run_dir, plain, tmp_path, "--drafts=2", "--branches=0")
 
     flags = "--out_dir=lora", "--max_new_tokens=10", "--steps=5", "--trace=t.html"
     script("sample.py", *flags, cwd=tmp_path)
@@ -1823,9 +1822,7 @@ def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(fami
     ids = torch.cat([x0, x0.where(x0 % 3 > 0, model.mask_id)], 1)
     results = []
     for kernel in ("sdpa", "flex_attention"):  # it compiles its mask function, as on a GPU
-        model.lm.set_attn_implementation(kernel)
-        model.block_inputs.clear()
-        with torch.no_grad():
+        with torch.no_grad(), model.attention(kernel):
             results.append(model.hidden_of_blocks(ids, torch.ones(2, 8))[1])
     assert_close(*results)
 
@@ -2061,7 +2058,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(small_settings, more):
     small_settings(use_time_embedding=False, **more)
     model, _ = real_model(random_lm("llama", **PAPER | {"hidden_size": 128}).config)
     chosen = convert.make_stages(1)[2]
-    [passes] = bench.make_passes(model, chosen, 0)
+    [passes] = bench.make_passes(model, chosen, bench.times_of_step(0))
     model.lm.set_attn_implementation("eager")  # whose products torch counts in both directions
     with FlopCounterMode(display=False) as counter:
         for inputs in passes:
