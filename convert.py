@@ -2372,9 +2372,17 @@ def base_dtype(lora, device_type):
 
 def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
     """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
-    _, where = resolve_model(name)
+    path, where = resolve_model(name)
     if revision:
         where["revision"] = revision
+    adapter = (path / "adapter_config.json").is_file() and not (path / "config.json").exists()
+    if adapter:  # a folder of peft
+        with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
+            config = json.loads((path / "adapter_config.json").read_text())
+            base = config["base_model_name_or_path"]
+            where = resolve_model(base)[1]
+        if not tokenizer_name and (path / "tokenizer_config.json").exists():
+            tokenizer_name = name
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":
@@ -2400,28 +2408,21 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
         del lm.config.quantization_config
     if "quantization_config" in vars(lm.config):
         raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
+    if adapter:
+        from peft import PeftModel  # slow to import
+        with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
+            lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
+        print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
     if "peft_config" in vars(lm):
-        merge_adapter(lm, name)
+        raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
+                        "adds unasked; move its adapter_config.json away, or give the adapter a "
+                        "folder of its own")
     vocab_size = lm.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
                         f"has {vocab_size}: not the tokenizer of this model")
     return lm, tokenizer
-
-
-def merge_adapter(lm, name):
-    """Merge the adapter that transformers found in a folder, alone or beside a model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
-    with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
-        for parent in list(lm.modules()):
-            for key, module in list(parent.named_children()):
-                if isinstance(module, BaseTunerLayer):
-                    module.merge(safe_merge=True)
-                    setattr(parent, key, module.get_base_layer())
-        lm._hf_peft_config_loaded = False
-        del lm.peft_config
-    print(f"model_name: the adapter in '{name}' is merged into its base, {lm.name_or_path}")
 
 
 def fingerprint(lm):

@@ -30,12 +30,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedTokenizerFast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import bench
@@ -245,9 +246,31 @@ def test_a_uniform_guess_scores_log_v_and_its_bits_are_per_byte():
     windows = np.random.default_rng(0).integers(0, 99, (400, 32))
     tokenizer = SimpleNamespace(decode=lambda ids, **_: "ab" * len(ids))  # two bytes a token
     row = convert.evaluate(model, tokenizer, windows, NO_AUTOCAST, 0, 50)
-    assert row["eval_nelbo"] == pytest.approx(math.log(99), rel=0.03)
+    assert row["eval_nelbo"] == pytest.approx(math.log(99), rel=1e-5), "counts have no noise"
+    assert row["eval_nelbo_se"] == pytest.approx(0, abs=1e-4)
     assert row["eval_bpb"] == pytest.approx(row["eval_nelbo"] / 2 / math.log(2))
     assert row["ar_ppl"] == pytest.approx(99, rel=1e-4)
+
+
+def test_the_bound_of_the_sampler_has_the_first_token_of_a_block_known():
+    model, ids, loss = diffusion(random_lm("llama"), block_size=2), random_ids(3, 6), []
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "ab")
+    row = convert.evaluate(model, tokenizer, ids.numpy(), NO_AUTOCAST, 0, 2)
+    with torch.no_grad():
+        for text in ids:
+            model.set_causal(True)
+            ar_log_p = model(text[None])[0].log_softmax(-1)
+            total = -sum(ar_log_p[i - 1, text[i]] for i in (2, 4))
+            model.set_causal(False)
+            for start in (0, 2, 4):  # then the second, from [the first, a mask]
+                xt = text[None, :start + 2].clone()
+                xt[0, -1] = model.mask_id
+                inputs = model.attention_inputs(meta_by_hand(start, start + 2))
+                log_p = model(xt, torch.tensor([[500] * (start // 2 + 1)]), **inputs)[0, start]
+                total = total - log_p.log_softmax(-1)[text[start + 1]]
+            loss.append(total.item() / 5)
+    assert row["eval_nelbo_sampler"] == pytest.approx(np.mean(loss), rel=1e-4)
+    assert row["eval_nelbo_se"] > 0 and row["eval_nelbo"] != row["eval_nelbo_sampler"]
 
 
 @cases("block_size", [0, 4])
@@ -362,6 +385,48 @@ def test_an_architecture_that_cannot_be_turned_is_refused_by_name(family, block_
     model = diffusion(random_lm(family, **more), block_size=block_size)
     with pytest.raises(configurator.UserError, match=family):
         convert.probe(model, 64)
+
+
+def looks_ids_up_again(lm):
+    forward, table = lm.forward, torch.randn(99, 1)
+
+    def forward_and_look_up(input_ids=None, **kwargs):
+        out = forward(input_ids=input_ids, **kwargs)
+        if input_ids is not None:
+            out.logits = out.logits * (1 + table[input_ids])
+        return out
+    lm.forward = forward_and_look_up
+
+
+def is_its_own_decoder(lm):
+    lm.get_decoder = lambda: lm
+
+
+@cases("change", [looks_ids_up_again, is_its_own_decoder])
+def test_a_model_whose_logits_are_not_those_of_its_parts_is_refused(change):
+    lm = random_lm("llama")
+    change(lm)
+    with pytest.raises(configurator.UserError, match="architecture 'llama' does not run in parts"):
+        convert.probe(diffusion(lm), 64)
+
+
+def test_a_hybrid_says_how_many_of_its_layers_could_be_turned(capsys):
+    hybrid = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2,
+              "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+              "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+    for family, more, said in (("qwen3_5_text", hybrid, "in 1 of 4 layers"), ("llama", {}, "")):
+        convert.probe(diffusion(random_lm(family, **more)), 64)
+        assert (said in capsys.readouterr().out) and (said or not capsys.readouterr().out)
+
+
+@cases("family", ["bloom", "llama"])  # ALiBi takes no padding
+def test_prompts_of_different_lengths_write_together_what_each_writes_alone(family):
+    model = diffusion(random_lm(family))
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    together, forwards = convert.generate(model, prompts, 6, 6)
+    assert together == [convert.generate(model, [p], 6, 6)[0][0] for p in prompts]
+    assert convert.takes_padding(model) == (family == "llama") and forwards == (
+        6 if family == "llama" else 18)
 
 
 def test_the_mask_starts_as_the_mean_embedding_and_time_as_nothing():
@@ -1077,7 +1142,8 @@ def test_tiktoken_gives_the_ids_of_the_tokenizer(kind):
 def in_process(script, monkeypatch, tmp_path, capsys):
     """Run a script's main() in an empty folder, as the command line would: (code, out, err)."""
     before = configurator.settings_in(vars(script))
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(s, signal.getsignal(s)) for s in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     monkeypatch.chdir(tmp_path)
 
     def call(*argv):
@@ -1241,6 +1307,114 @@ def test_wrong_input_is_one_line_and_exit_2(run, flags):
     assert not Path("out").exists()
 
 
+@cases("script", [convert, sample, bench])
+def test_a_tilde_is_the_home_folder_in_every_path(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    paths = [name for name, rule in script.allowed.items() if rule is Path]
+    assert {"convert": {"out_dir", "cache_dir", "checkpoint", "model_name", "dataset_name"},
+            "sample": {"out_dir", "checkpoint", "prompts", "trace"},
+            "bench": {"json", "profile", "prompts", "out_dir"}}[script.__name__] <= set(paths)
+    settings = dict.fromkeys(paths, "")
+    configurator.configure(settings, [f"--{name}=~/a [1]" for name in paths], script.allowed)
+    assert set(settings.values()) == {"/h/a [1]"}
+
+
+def test_code_that_comes_with_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_final("m")
+    config = json.loads(Path("m/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModel": "mine.M"}}
+    Path("m/config.json").write_text(json.dumps(config))
+    out, err = script("convert.py", *f"{FROM}./m --device=cpu".split(), code=2)
+    assert "[y/N]" not in out and err.startswith("error: model_name: './m' cannot be loaded: ")
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_training(run, monkeypatch):
+    fails = mock.Mock(side_effect=ValueError("odd config"))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails)
+    run(error="this model cannot be saved: odd config")
+    assert not list(Path("out").iterdir())
+
+
+def test_a_peft_adapter_as_model_name_is_merged_into_its_base(run):
+    save_final("base", diffusion(random_lm("llama", vocab_size=300)))
+    for file in Path("base").glob("diffusion.*"):
+        file.unlink()
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False))
+    peft.peft_config["default"].base_model_name_or_path = str(Path("base").absolute())
+    peft.save_pretrained("adapter")
+    shutil.copytree("base", "both")
+    for file in Path("adapter").glob("adapter_*"):
+        shutil.copy(file, "both")
+    ids = random_ids(1, 8)
+    expected = peft.merge_and_unload()(ids).logits
+
+    run(FROM + "./both", error="'./both' has an adapter beside the model")
+    out = run(f"{FROM}./adapter --max_steps=1 --learning_rate=0 --stage0_epochs=0")
+    assert "the adapter in './adapter' is merged" in out
+    assert_close(AutoModelForCausalLM.from_pretrained("out/final")(ids).logits, expected)
+    Path("adapter/adapter_config.json").write_text("{}")
+    run(f"{FROM}./adapter --out_dir=b", error="adapter in './adapter' cannot be read")
+
+
+def test_a_base_that_adapters_leave_alone_is_not_saved_again(run, sample_main):
+    lm = random_lm("llama", vocab_size=300).half()
+    save_final("base", diffusion(lm))
+    for file in Path("base").glob("diffusion.*"):
+        file.unlink()
+    flags = f"{FROM}./base --use_lora --lora_rank=2 --block_size=4 --stage0_epochs=0"
+    run(flags)
+    for folder in ("out/checkpoint_9", "out/final"):
+        assert not (Path(folder) / "model.safetensors").exists()
+        model, _ = convert.load_model(folder, CPU)
+        with model.original_model() as base:
+            for name, p in base.named_parameters():
+                assert p.equal(lm.get_parameter(name).float()), name
+    go_back(9)
+    assert "resume: out/checkpoint_9" in run(flags + " --resume")
+    assert "base_model_name_or_path" in Path("out/final/adapter/adapter_config.json").read_text()
+    assert sample_main("--out_dir=out", "--max_new_tokens=4", "--verify")[0] == 0
+
+    save_final("base", diffusion(random_lm("llama", vocab_size=300, initializer_range=0.1)))
+    check_error(sample_main("--out_dir=out"), "not those that it was trained on")
+    shutil.rmtree("base")
+    check_error(sample_main("--out_dir=out"), "base' cannot be loaded")
+
+
+def test_a_text_ends_at_the_ends_of_generation_config_too_and_without_them(run, sample_main):
+    flags = "--out_dir=out --max_new_tokens=12 --prompt=The --json --stop_at_eos"
+    run("--block_size=4 --stage0_epochs=0")
+    config = Path("out/final/generation_config.json")
+    for verify in ("", " --verify"):
+        whole = json.loads(sample_main(*flags.split(), *verify.split())[1])["token_ids"]
+        config.write_text(json.dumps({"eos_token_id": [256, whole[2]]}))
+        [found] = [json.loads(sample_main(*flags.split(), *verify.split())[1])["token_ids"]]
+        assert found == whole[:whole.index(whole[2])]
+        config.write_text("{}")
+
+
+def test_samples_are_written_with_weights_in_the_dtype_asked_for(run, sample_main, monkeypatch):
+    run("--stage0_epochs=0")
+    load, found = convert.load_model, []
+
+    def loaded(*args, **kwargs):
+        found.append(load(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(sample, "load_model", loaded)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        assert sample_main("--out_dir=out", f"--dtype={name}", "--max_new_tokens=4")[0] == 0
+        assert {p.dtype for p in found[-1][0].lm.parameters()} == {dtype}
+
+
+def test_auto_without_a_gpu_says_how_long_it_will_take(run):
+    if convert.pick_device("auto").type == "cpu":
+        assert run("--device=auto").count("auto found no GPU; on this CPU the run takes 0.0") == 1
+    assert "auto found" not in run("--out_dir=b")
+
+
 def test_files_and_flags_override_from_left_to_right(tmp_path):
     file = str(tmp_path / "a.py")
     Path(file).write_text("import os\n_x = 3\nn = n * _x\nrate = 1\ntext = 'a'\n")
@@ -1393,17 +1567,18 @@ def test_a_run_killed_at_random_moments_logs_what_one_never_killed_logs(tmp_path
     assert "finished" in script(*command[1:], cwd=tmp_path)[0]
 
 
-@cases("times", [1, 2])
-def test_an_interrupt_ends_with_a_checkpoint_and_a_second_one_at_once(
-        convert_main, monkeypatch, times):
+@cases("number, times", [  # Ctrl-C, a closed terminal, Slurm's warning
+    (signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1), (signal.SIGUSR1, 1)])
+def test_a_signal_ends_with_a_checkpoint_and_a_second_interrupt_at_once(
+        convert_main, monkeypatch, number, times):
     def interrupted(*args):
         for _ in range(times):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return 1.0, 1.0, 1e-3
 
     monkeypatch.setattr(convert, "train_step", interrupted)
     code, out, _ = convert_main(*TINY)
-    assert code == 130
+    assert code == 128 + number
     assert Path("out/checkpoint_1").exists() == ("--resume" in out) == (times == 1)
 
 
@@ -1503,6 +1678,23 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(run)
     shutil.copytree("out", "b")
     run(f"{latest} --out_dir=b", error="b holds a run")
     run(f"{latest} --out_dir=b --resume", error="b holds a run")
+
+
+def test_a_kill_between_the_renames_of_a_save_loses_nothing(run):
+    run()
+    saved = weights("out/final")
+    os.rename("out/final", "out/.final.old")  # its successor had no name yet
+    shutil.copytree("out/checkpoint_12", "out/.checkpoint_12.old")  # not yet removed
+    assert "finished" in run("--resume")
+    assert weights("out/final") == saved and not list(Path("out").glob(".*"))
+
+
+def test_a_resume_after_the_data_changed_says_so(run):
+    for n in (900, 1000):
+        write_rows(Path(), many(n, 20))
+        out = run(f"--dataset_name=a.jsonl --max_train_samples=9999 {'--resume' * (n > 900)}")
+        assert ("no longer the run it was: the data" in out) == (n > 900)
+        go_back(9)
 
 
 def test_foreign_files_damage_nothing_and_only_intact_checkpoints_are_kept(run):
@@ -2051,6 +2243,12 @@ def test_the_ladder_takes_the_cheapest_memory_savers_that_help(small_settings, m
         assert fits is False or on == found[-1][0]
         gbs = [gb for _, gb in found]
         assert found[0][0] == {} and gbs == sorted(gbs, reverse=True)
+
+
+def test_an_estimate_takes_no_more_than_it_says(tmp_path):
+    size = "--batch_size=512", "--gradient_accumulation_steps=64", "--max_seq_length=128"
+    script("bench.py", HERE / "config/tiny.py", "--estimate", *size, "--block_size=4", cwd=tmp_path)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3e6, "KB; it was 9 GB"
 
 
 @cases("more", [{}, {"lm_loss_stages": "2"}, PAPER_BLOCKS, PAPER_ADAPTERS])
