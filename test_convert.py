@@ -2018,9 +2018,10 @@ def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(fami
             results.append(model.hidden_of_blocks(ids, torch.ones(2, 8))[1])
     assert_close(*results)
 
-    convert.try_flex_attention(model, NO_AUTOCAST_CPU)  # on a CPU it has no backward pass
-    assert model.lm.config._attn_implementation == "sdpa"
-    assert "no flex_attention, but a mask tensor: it does not run" in capsys.readouterr().out
+    for length, why in ((64, "it does not run"), (16, "it is made for windows of 64")):
+        convert.try_flex_attention(model, length, NO_AUTOCAST_CPU)  # no backward pass on a CPU
+        assert model.lm.config._attn_implementation == "sdpa"
+        assert f"no flex_attention, but a mask tensor: {why}" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2035,7 +2036,7 @@ NO_AUTOCAST_CUDA = torch.autocast("cuda", torch.float32, enabled=False)
 LLAMA = small_config(
     model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
-BLOCK = LLAMA + " --block_size=4 --full_mask_share=0.5 --distill_weight=1"  # flex_attention
+BLOCK = LLAMA + " --block_size=4 --full_mask_share=0.5 --distill_weight=1 --max_seq_length=64"
 
 
 @cases("model, flags, tolerance", [
@@ -2083,19 +2084,21 @@ def test_cuda_takes_the_flash_kernel_in_both_modes():
     ("llama", 64, "float32"), ("llama", 64, "bfloat16"), ("llama", 128, "bfloat16"),
     ("phi", 80, "bfloat16"), ("gemma3_text", 256, "bfloat16"), ("llama", 128, "float32")])
 @cuda
-def test_cuda_blocks_take_flex_attention_or_say_why_not(capsys, family, head_dim, dtype):
+def test_cuda_blocks_take_flex_attention_or_say_why_not(
+        small_settings, capsys, family, head_dim, dtype):
     size = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "head_dim": head_dim}
-    size |= {"num_key_value_heads": 2} if family == "phi" else {"num_key_value_heads": 1}
+    size |= {"num_key_value_heads": 2 if family == "phi" else 1, "max_position_embeddings": 128}
+    small_settings(device="cuda", dtype=dtype, max_seq_length=128, compile_model=True)
     model = diffusion(random_lm(family, **size), block_size=4).cuda().train()
     autocast = convert.pick_autocast(model.device, dtype, cache=False)
-    convert.set_up_model(model, False, autocast)  # compiles the layers, too
+    convert.set_up_model(model, False, autocast)
     if model.lm.config._attn_implementation != "flex_attention":
         assert "block_size: no flex_attention" in capsys.readouterr().out
     mask_tensor = diffusion(random_lm(family, **size), block_size=4).cuda().train()
-    x0 = random_ids(3, 32)
+    x0 = random_ids(3, 128)
     for one in (model, mask_tensor):
         one.requires_grad_(True)
-        batch = convert.loss_weights(x0, *convert.sample_noise(3, 32, 0, 4), one, 1.0, 0.5)
+        batch = convert.loss_weights(x0, *convert.sample_noise(3, 128, 0, 4), one, 1.0, 0.5)
         for inputs in convert.forward_passes(batch, 3, one, 1.0):
             with autocast:
                 one.loss(**inputs).sum().backward()
