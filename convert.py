@@ -1062,10 +1062,7 @@ def main(argv):
                                       model_config)
     encode_prompt(model, tokenizer, sample_prompt, 32)  # if it is too long, that shows now
     probe_report = probe(model.to(device), max_seq_length)
-    train_data, val_data, data_report = load_data(tokenizer)
-    if state["data"] not in (0, data_report["crc32"]):
-        print("resume: no longer the run it was: the data has changed")
-    state["data"] = data_report["crc32"]
+    train_data, val_data, data_report = load_data(tokenizer, state)
     stages = make_stages(len(train_data))
     print_plan(model, stages, probe_report, train_data, val_data, data_report)
     disk_gb = check_disk(model, out)
@@ -1076,8 +1073,7 @@ def main(argv):
         return print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb)
 
     # the run
-    if not checkpoint_dir:
-        try_to_save(model, out)
+    try_to_save(model, out, checkpoint_dir)
     log = open_log(out, state, stages, limit_gb)
     stop = stop_on_signal()
     saved, own_text = None, {}  # windows that the model itself wrote, for training and held out
@@ -1645,9 +1641,9 @@ def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
         shutil.rmtree(old)
 
 
-def try_to_save(model, out):
+def try_to_save(model, out, checkpoint_dir):
     """Save the model as it came and remove it again: what cannot be saved shows before the work."""
-    if model.base:
+    if model.base or checkpoint_dir:  # is not saved, or was saved before
         return
     out.mkdir(parents=True, exist_ok=True)
     folder = out / ".untouched.tmp"
@@ -1664,15 +1660,17 @@ def checkpoints(out):
     return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
-def find_checkpoint(out):
-    """(state, the checkpoint to continue from or None); UserError rather than write over a run.
+def new_state():
+    """The state of a run at its start: all that a resume needs beside weights, optimizer and
+    scaler."""
+    return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
+            "micro_batch": batch_size, "eval_micro_batch": batch_size,
+            "checkpointing": use_gradient_checkpointing, "adam_8bit": use_8bit_adam,
+            "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
 
-    state is all that a resume needs beside weights, optimizer and scaler.
-    """
-    state = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
-             "micro_batch": batch_size, "eval_micro_batch": batch_size,
-             "checkpointing": use_gradient_checkpointing, "adam_8bit": use_8bit_adam,
-             "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
+
+def find_checkpoint(out):
+    """(state, the checkpoint to continue from or None); UserError rather than write over a run."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out_dir: '{out}' is a file")
     if not dry_run:
@@ -1697,7 +1695,7 @@ def find_checkpoint(out):
     else:
         if resume:
             print(f"resume: no checkpoint in {out}, so from the start")
-        return state, None
+        return new_state(), None
     record, settings = read_record(source), settings_in(globals())
     if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
@@ -1713,7 +1711,7 @@ def find_checkpoint(out):
                for name, value in settings.items() if record["settings"].get(name) != value]
     note = f"; no longer the run it was: {', '.join(changed)}" if changed else ""
     print(f"resume: {source}{note}")
-    state |= record["state"]
+    state = new_state() | record["state"]
     return state | {"micro_batch": min(batch_size, state["micro_batch"])}, source
 
 
@@ -1756,6 +1754,8 @@ def find_files(name, kinds):
         word = re.search(r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?![a-z])", inside)
         split = shard[1] if shard else word[1] if word else "train"
         splits.setdefault(split, []).append(file)
+    if "train" not in splits:  # then these names say something else
+        splits = {"train": files}
     return splits, kinds[found[0]]
 
 
@@ -1812,6 +1812,9 @@ def read_corpus(name, config, split, column, cache, answered=False):
     train, held = splits[split], None
     for word in ("validation", "valid", "val", "dev"):  # train_sft goes with validation_sft
         held = held or splits.get(split.replace("train", word) if "train" in split else word)
+    others = [k for k, table in splits.items() if table is not train and table is not held]
+    if others:
+        print(f"data: splits left alone: {', '.join(others)}")
     has = train.column_names
     if kind in ("text", "lines"):
         column = "text"
@@ -1836,14 +1839,19 @@ def read_corpus(name, config, split, column, cache, answered=False):
                         "not text")
     if not any(head):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
-    if kind == "lines":  # documents of a few lines each, so that some can be held out
-        if len(corpus["train"]) < 1000:
-            corpus["train"] = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
-        corpus["lines"] = max(2, min(256, len(corpus["train"]) // 50))
-    elif kind != "text" and not chat:  # rows may be lines of one text, as in wikitext
-        n_lines = sum(not text or text.find("\n") == len(text) - 1 for text in head)
-        corpus["lines"] = 256 if n_lines > 0.98 * len(head) else 1
+    if kind == "lines" and len(corpus["train"]) < 1000:
+        corpus["train"] = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
+    if kind != "text" and not chat:
+        corpus["lines"] = lines_per_document(corpus["train"], head, kind)
     return corpus
+
+
+def lines_per_document(texts, head, kind):
+    """How many texts make up a document: 1, unless they are lines of one text."""
+    if kind == "lines":  # a few lines each, so that some can be held out
+        return max(2, min(256, len(texts) // 50))
+    n_lines = sum(not text or text.find("\n") == len(text) - 1 for text in head)
+    return 256 if n_lines > 0.98 * len(head) else 1  # as in wikitext
 
 
 def conversations(table, name, answered):
@@ -2029,49 +2037,51 @@ def substrings(text):
     return [text[i:i + 64] for i in range(max(1, len(text) - 63))]
 
 
+def common_strings(n_documents, documents, n_held):
+    """Strings of held-out text that many documents share, as an instruction, a licence or JSON
+    keys. n_documents: how many of the n_held held-out documents have each; documents: some more."""
+    for text in documents:  # without the strings that only they have
+        n_documents.update(n_documents.keys() & set(substrings(text)))
+        n_held += 1
+    many = max(3, n_held // 100)
+    return {string for string, count in n_documents.items() if count >= many}
+
+
 def split_corpus(corpus, length, split_seed, report):
     """Generators of (held-out documents, training documents), both (number, text) in a seeded
     order; the first must be read first.
 
     Held out is the validation split, else a seeded 5 % of the documents. Training leaves out a
     document if a tenth of it stands in held-out text, or 1 % of held-out text in it. Text that many
-    documents share, as an instruction or a licence, does not count: only a document without any
-    text of its own is a copy then.
+    documents share does not count: only a document without any text of its own is a copy then.
     """
     rows, lines = corpus["train"], corpus["lines"]
     held_rows = corpus["held"] or rows
     held_out, seen = set(), set()  # documents; strings of held-out text that are in training too
-    n_documents, common = Counter(), set()  # of strings of held-out text; those of many documents
+    n_documents = Counter()  # how many held-out documents have a string
     n = math.ceil(len(rows) / lines)
     order = np.random.default_rng(split_seed).permutation(n)
 
-    def document(rows, i):
-        return "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
+    def documents(rows, order):
+        for i in map(int, order):
+            yield i, "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
 
     def held_documents():
-        n_characters = 0
-        for i in order if held_rows is rows else range(math.ceil(len(held_rows) / lines)):
-            enough = len(held_out) >= max(1, n // 20) and n_characters > 8 * length
-            if held_rows is rows and enough:
+        n_characters, of_training = 0, held_rows is rows
+        held_order = order if of_training else range(math.ceil(len(held_rows) / lines))
+        for i, text in documents(held_rows, held_order):
+            if of_training and len(held_out) >= max(1, n // 20) and n_characters > 8 * length:
                 return
-            text = document(held_rows, int(i))
             n_characters += len(text)
-            held_out.add(int(i))
+            held_out.add(i)
             n_documents.update(set(substrings(text)))
-            yield int(i), text
+            yield i, text
 
     def train_documents():
-        some = order[len(held_out):][:200] if held_rows is rows else order[:200]
-        for i in some:  # without the strings that only they have
-            n_documents.update(n_documents.keys() & set(substrings(document(rows, int(i)))))
-        many = max(3, (len(held_out) + len(some)) // 100)
-        common.update(string for string, count in n_documents.items() if count >= many)
-        for i in order.tolist():
-            if held_rows is rows and i in held_out:
-                continue
-            text = document(rows, i)
-            if not text:
-                continue
+        rest = order[len(held_out):] if held_rows is rows else order
+        some = (text for _, text in documents(rows, rest[:200]))
+        common = common_strings(n_documents, some, len(held_out))
+        for i, text in documents(rows, rest):
             strings = substrings(text)
             own = [string for string in strings if string not in common]
             shared = [string for string in own if string in n_documents]
@@ -2084,7 +2094,7 @@ def split_corpus(corpus, length, split_seed, report):
             report["held_out_share_in_training"] = len(seen) / max(1, len(n_documents))
             yield i, text
 
-    return held_documents(), train_documents()
+    return held_documents(), filter(lambda document: document[1], train_documents())
 
 
 def make_windows(texts, encode, limit, length, start, end, report):
@@ -2158,7 +2168,7 @@ def left_out(report):
     return text
 
 
-def load_data(tokenizer):
+def load_data(tokenizer, state):
     """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
     answered = use_lora and on_policy_tokens > 0 and on_policy_share == 1
     corpus = read_corpus(dataset_name, dataset_config, dataset_split, text_column, cache_dir,
@@ -2184,6 +2194,9 @@ def load_data(tokenizer):
         shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}
         train, held = (np.memmap(folder / f"{name}.bin", report["dtype"], "r", shape=shape)
                        for name, shape in shapes.items())
+    if state["data"] not in (0, report["crc32"]):
+        print("resume: no longer the run it was: the data has changed")
+    state["data"] = report["crc32"]
     return train, held, report
 
 
@@ -2376,16 +2389,10 @@ def base_dtype(lora, device_type):
 def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
     """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
     path, where = resolve_model(name)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        return merge_adapter(name, tokenizer_name, weights_dtype)
     if revision:
         where["revision"] = revision
-    adapter = (path / "adapter_config.json").is_file() and not (path / "config.json").exists()
-    if adapter:  # a folder of peft
-        with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
-            config = json.loads((path / "adapter_config.json").read_text())
-            base = config["base_model_name_or_path"]
-            where = resolve_model(base)[1]
-        if not tokenizer_name and (path / "tokenizer_config.json").exists():
-            tokenizer_name = name
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":
@@ -2411,11 +2418,6 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
         del lm.config.quantization_config
     if "quantization_config" in vars(lm.config):
         raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
-    if adapter:
-        from peft import PeftModel  # slow to import
-        with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
-            lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
-        print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
     if "peft_config" in vars(lm):
         raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
                         "adds unasked; move its adapter_config.json away, or give the adapter a "
@@ -2425,6 +2427,21 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
     if largest >= vocab_size:
         raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
                         f"has {vocab_size}: not the tokenizer of this model")
+    return lm, tokenizer
+
+
+def merge_adapter(name, tokenizer_name, weights_dtype):
+    """load_hf() of a folder of peft, merged into its base."""
+    from peft import PeftModel  # slow to import
+    with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
+        config = json.loads((Path(name) / "adapter_config.json").read_text())
+        base = config["base_model_name_or_path"]
+    if not tokenizer_name and (Path(name) / "tokenizer_config.json").exists():
+        tokenizer_name = name
+    lm, tokenizer = load_hf(base, tokenizer_name, "", weights_dtype)
+    with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
+        lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
+    print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
     return lm, tokenizer
 
 

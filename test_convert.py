@@ -722,7 +722,7 @@ def build(folder, name="a.jsonl", tokenizer=None, **settings):
         "cache_dir": str(folder / "cache"), "max_seq_length": 32, "max_train_samples": 10**6,
         "eval_samples": 8, "seed": 0}
     with mock.patch.multiple(convert, **defaults | settings):
-        return convert.load_data(tokenizer or convert.byte_tokenizer())
+        return convert.load_data(tokenizer or convert.byte_tokenizer(), {"data": 0})
 
 
 def words(n, seed):
