@@ -302,9 +302,10 @@ def times_of_step(step):
         convert.seed_for("noise", convert.seed, 2, step), 1, convert.full_mask_share)[0]
 
 
-def fullest_micro_batch(n_steps):
-    """The times u of the micro-batch with most masks in n_steps steps, without their tokens: of
-    large batches these would take more memory than the step that is estimated."""
+def fullest_micro_batch():
+    """The times u of the micro-batch with most masks among some hundred windows. Their tokens are
+    not laid out: of large batches these would take more memory than the step that is estimated."""
+    n_steps = max(1, 640 // (convert.batch_size * convert.gradient_accumulation_steps))
     parts = [u for step in range(n_steps) for u in times_of_step(step).split(convert.batch_size)]
     return max(parts, key=lambda u: -convert.alpha(u, convert.noise_schedule).sum())
 
@@ -538,7 +539,7 @@ def estimate_step(config, process_gb):
     # 2) forward and backward of the micro-batch with most to predict
     stages = convert.make_stages(1)
     chosen = {loss: max(s[loss] for s in stages) for loss in ("diffusion", "ar", "distill")}
-    [passes] = make_passes(model, chosen, fullest_micro_batch(20))
+    [passes] = make_passes(model, chosen, fullest_micro_batch())
     repeated = convert.gradient_accumulation_steps > 1  # then gradients are there from the start
     with fake:
         parts = tracked_step(model, passes * 2 if repeated else passes)

@@ -71,6 +71,22 @@ def speed():
     return table(head, *rows)
 
 
+def gpu():
+    """The training step on a GPU, with what --estimate says it takes."""
+    head = ["", "tokens/s", "baseline", "speed-up", "GB", "estimated", "baseline GB", "of peak"]
+    rows = []
+    for r, estimated in zip(rows_of("bench_gpu.jsonl"), rows_of("bench_gpu_estimates.jsonl"),
+                            strict=True):
+        baseline = ["", ""]
+        if "speedup" in r:
+            baseline = [f"{r['baseline_tokens_per_s']:.0f}", f"{r['speedup']:.2f}"]
+        plain_gb = f"{r['baseline_peak_memory_gb']:.1f}" if "speedup" in r else ""
+        rows.append([r["name"].split()[-1], f"{r['tokens_per_s']:.0f}", *baseline,
+                     f"{r['peak_memory_gb']:.1f}", f"{estimated['estimate_gb']['total']:.1f}",
+                     plain_gb, f"{r['mfu']:.0%}"])
+    return table(head, *rows)
+
+
 def sampling():
     """Sampling, beside LLaDA's plain loop and plain AR decoding."""
     head = ["", "tokens/s", "passes per token", "LLaDA's loop", "speed-up", "plain AR", "verified"]
@@ -162,9 +178,9 @@ def cards():
 
 
 PAGES = {
-    "README.md": [blocks, stages, speed],
+    "README.md": [blocks, stages, gpu],
     "assets/blocks.md": [ablation, sampling],
-    "assets/memory.md": [cards, estimates],
+    "assets/memory.md": [cards, estimates, speed],
 }
 
 
