@@ -1205,7 +1205,7 @@ def try_flex_attention(model, length, autocast):
     """Give blocks flex_attention, if forward and backward run on this device, in windows of this
     length, and equal those of a mask tensor; else print why not: some head sizes need more shared
     memory than a card has."""
-    n_blocks = min(length, 512) // model.block_size
+    n_blocks = max(1, min(length, 512) // model.block_size)
     x0 = torch.arange(2 * n_blocks * model.block_size, device=model.device).view(2, -1)
     x0 = x0 % model.mask_id
     ids = torch.cat([x0, torch.where(x0 % 2 == 1, model.mask_id, x0)], 1)

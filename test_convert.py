@@ -2378,8 +2378,9 @@ def test_dry_run_tells_the_cost_and_leaves_out_dir_alone(convert_main):
 # ----------------------------------------------------------------------------------------------
 # README and pages
 PAGES = [HERE / "README.md", *sorted((HERE / "assets").glob("*.md"))]
-FIELDS = {"eval_nelbo", "eval_nelbo_se", "eval_nelbo_sampler", "eval_ppl_bound", "eval_bpb", "ar_ppl", "ar_ppl_before", "token_ids",
-          "tokens_per_forward", "tokens_per_s", "ar_tokens_per_s"}  # of logs and --json
+FIELDS = {"eval_nelbo", "eval_nelbo_se", "eval_nelbo_sampler", "eval_ppl_bound", "eval_bpb",
+          "ar_ppl", "ar_ppl_before", "token_ids", "tokens_per_forward", "tokens_per_s",
+          "ar_tokens_per_s"}  # of logs and --json
 
 
 def quoted(path, name):
