@@ -1302,12 +1302,15 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
 def stop_on_signal():
     """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
     warning. A second Ctrl-C or SIGTERM ends the process at once."""
-    stop = []
+    stop, terminals = [], [fd for fd in (1, 2) if os.isatty(fd)]
 
     def handler(number, frame):
         if stop and number in (signal.SIGINT, signal.SIGTERM):
             sys.exit(128 + number)
         stop.append(number)
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -1970,7 +1973,7 @@ def opening(tokenizer):
     """[BOS] where the tokenizer opens a text with it, else []. A model that was trained behind a
     BOS reads badly without, so every window and prompt starts with it, as context."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def end_ids(lm, tokenizer):
