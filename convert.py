@@ -41,6 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.attention.flex_attention import create_block_mask
@@ -2469,6 +2470,16 @@ def our_tensors(model):
     return files
 
 
+def reference(name, lm):
+    """Where a model that is not saved again is from: its path, or hub name and revision, and a hash
+    of its weights."""
+    found = {"name": name, "revision": None, "sha256": fingerprint(lm)}
+    if Path(name).exists():
+        return found | {"name": str(Path(name).absolute())}
+    cached = try_to_load_from_cache(name, "config.json")  # in a folder named after its revision
+    return found | {"revision": Path(cached).parent.name} if isinstance(cached, str) else found
+
+
 def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
     """(DiffusionLM, tokenizer), on the CPU, of a hub name, a folder, a .gguf file or a result.
 
@@ -2495,9 +2506,7 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
         lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
     own_bytes = config_json or saved and saved.get("lora") or (path / "training.pt").exists()
     if ours.get("lora") and not base and not own_bytes:  # a checkpoint does not stay, say
-        local = Path(name).exists()
-        base = {"name": str(Path(name).absolute()) if local else name, "sha256": fingerprint(lm),
-                "revision": None if local else lm.config._commit_hash}
+        base = reference(name, lm)
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
     model.base = base if ours.get("lora") else None

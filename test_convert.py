@@ -1382,6 +1382,21 @@ def test_a_base_that_adapters_leave_alone_is_not_saved_again(run, sample_main):
     check_error(sample_main("--out_dir=out"), "base' cannot be loaded")
 
 
+def test_adapters_for_a_hub_model_name_it_with_its_revision(tmp_path, monkeypatch):
+    hub = tmp_path / "hub/models--some--model"
+    save_final(hub / "snapshots/0123abcd", diffusion(random_lm("llama", vocab_size=300)))
+    for file in hub.glob("snapshots/*/diffusion.*"):
+        file.unlink()
+    (hub / "refs").mkdir()
+    (hub / "refs/main").write_text("0123abcd")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    flags = [*TINY, *f"{FROM}some/model --use_lora --stage0_epochs=0 --block_size=4".split()]
+    script("convert.py", *flags, cwd=tmp_path)
+    record = json.loads((tmp_path / "out/final/diffusion.json").read_text())
+    assert record["base"]["name"] == "some/model" and record["base"]["revision"] == "0123abcd"
+    samples("--out_dir=out", "--max_new_tokens=4", cwd=tmp_path)
+
+
 def test_a_text_ends_at_the_ends_of_generation_config_too_and_without_them(run, sample_main):
     flags = "--out_dir=out --max_new_tokens=12 --prompt=The --json --stop_at_eos"
     run("--block_size=4 --stage0_epochs=0")
