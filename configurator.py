@@ -87,6 +87,7 @@ def configure(settings, argv, allowed):
 
     allowed: {name: a set of values, (lowest, highest) or Path}; other numbers must not be negative.
     """
+    argv = [os.path.expanduser(arg) for arg in argv]
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:
         name, given, text = arg[2:].partition("=")

@@ -1359,7 +1359,8 @@ def probe(model, max_seq_length):
     if model.block_size:
         probe_blocks(model, ids, a)  # of the last pass, the causal one
     if model.bidirectional:
-        turned = turned_layers(model, ids)
+        with errors_as(f"architecture '{kind}' does not run layer by layer"):
+            turned = turned_layers(model, ids)
         if not all(turned):
             print(f"probe: in {sum(turned)} of {len(turned)} layers position 0 can see the last "
                   "token, the others stay left-to-right")
@@ -1394,9 +1395,10 @@ def turned_layers(model, ids):
 
     def run_again(layer, args, kwargs, output):
         first = output[0] if isinstance(output, tuple) else output  # (1, T, C)
-        changed = args[0].clone()
+        states, *args = args or [kwargs.pop("hidden_states")]
+        changed = states.clone()
         changed[:, -1] *= -1
-        again = layer.forward(changed, *args[1:], **kwargs)
+        again = layer.forward(changed, *args, **kwargs)
         again = again[0] if isinstance(again, tuple) else again
         moved = (first[:, 0] - again[:, 0]).abs().max() / first.abs().max()
         turned.append(moved.item() > 1e-6)
@@ -1792,7 +1794,7 @@ def load_splits(name, config, cache):
             what["sample_by"] = "document"
             if not any(p.stat().st_size for found in files.values() for p in found):
                 raise UserError(f"dataset_name: '{name}' holds no text")
-            if sum(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
+            if max(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
                 kind = "lines"
                 what |= {"sample_by": "line", "keep_linebreaks": True}
     with errors_as(f"dataset_name: '{name}' cannot be loaded"):

@@ -986,6 +986,7 @@ def test_training_text_is_a_sample_of_the_corpus_and_not_its_head(tmp_path):
 
 
 @cases("layout", ["a/train.jsonl a/validation.jsonl a/test.jsonl", "a/train/0.jsonl a/dev/1.jsonl",
+                  "a/train.txt a/val.txt a/test.txt",  # each read by lines
                   "a/data/train-00000-of-00002.jsonl a/data/train-00001-of-00002.jsonl "
                   "a/data/valid-00000-of-00001.jsonl a/dataset_infos.json a/README.md"])
 def test_files_named_after_splits_are_these_splits(tmp_path, layout):
@@ -993,7 +994,7 @@ def test_files_named_after_splits_are_these_splits(tmp_path, layout):
         path, [split] = tmp_path / name, re.findall("train|val|dev|test", name) or ["none"]
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.dumps({"text": f"{split} {words(60, 100 * i + j)}"}) for j in range(30)]
-        path.write_text("\n".join(rows) if path.suffix == ".jsonl" else "{}")
+        path.write_text("{}" if split == "none" else "\n".join(rows))
     train, held, _ = build(tmp_path, "a", dataset_name=str(tmp_path / "a"))
     assert set(re.findall("train|val|dev|test", decode(train))) == {"train"}
     assert len(set(re.findall("train|val|dev|test", decode(held))) - {"train"}) == 1

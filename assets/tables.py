@@ -142,6 +142,13 @@ def ablation():
     return table(["flags", *BLOCK_HEAD], *rows)
 
 
+def masks():
+    """Masks of an exact count, and masks drawn one by one, in pairs of one seed."""
+    rows = [[str(r["seed"]), r["masks"], f"{r['eval_nelbo']:.3f}", f"{r['ar_ppl']:.3f}"]
+            for r in rows_of("masks.jsonl")]
+    return table(["seed", "masks in training", "`eval_nelbo`", "`ar_ppl`"], *rows)
+
+
 def estimates():
     """What --estimate says, beside what the same settings then took. The log has them in pairs."""
     found, rows = rows_of("bench_estimates.jsonl"), []
@@ -179,7 +186,7 @@ def cards():
 
 PAGES = {
     "README.md": [blocks, stages, gpu],
-    "assets/blocks.md": [ablation, sampling],
+    "assets/blocks.md": [ablation, masks, sampling],
     "assets/memory.md": [cards, estimates, speed],
 }
 
