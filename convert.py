@@ -1163,6 +1163,9 @@ def memory_gb(device):
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        status = Path("/proc/self/status")  # Linux, whose ru_maxrss begins at the parent's
+        if status.exists() and (own := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+            peak = int(own[1]) * 1024
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return peak / 1e9, total / 1e9
 
