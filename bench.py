@@ -1,7 +1,7 @@
 """Measure what training and sampling cost on this machine: convert.py's step and sampler, timed.
 
   python bench.py config/tiny.py                        # a laptop, half a minute
-  python bench.py config/phi2.py config/shapes/phi2.py --random_weights   # downloads nothing
+  python bench.py config/phi2.py config/shapes/phi2.py --random_weights   # a GPU, no download
   python bench.py config/tiny.py --baseline             # beside plain Hugging Face code
   python bench.py config/phi2.py config/shapes/phi2.py --estimate --device=cuda --max_memory_gb=45
   python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256
@@ -192,7 +192,7 @@ def our_sampling():
     if prompts:
         sample.prompts = prompts
         lines = filter(None, sample.read_prompts())
-        texts = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
+        texts = [convert.encode_prompt(model, tokenizer, line, 0) for line in lines]
     longest = max(map(len, texts)) + new_tokens + 8 + model.block_size  # drafts reach past the end
     if longest > model.max_positions:
         raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has "
@@ -288,7 +288,7 @@ def make_passes(model, chosen, u):
     """[forward_passes() of a micro-batch] of windows with noise at times u (n, n_blocks)."""
     size, windows = convert.batch_size, (len(u), convert.max_seq_length)
     noise = torch.rand(windows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x0 = torch.zeros(windows, dtype=torch.long)
+    x0 = torch.arange(windows[1]).expand(windows) % 2  # nothing repeats, as ends of text do
     batch = convert.loss_weights(x0, u, noise, model, chosen["diffusion"], chosen["ar"])
     parts = zip(*(x.split(size) for x in batch), strict=True)
     return [list(convert.forward_passes(part, size, model, chosen["distill"])) for part in parts]

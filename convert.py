@@ -24,6 +24,7 @@ import math
 import os
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -226,10 +227,10 @@ def sample_noise(n, length, noise_seed, block_size=0, full_mask_share=0.0):
 def mask_tokens(x0, u, noise, maskable, mask_id, schedule):
     """The forward process: (xt, masked, weight), all (B, T). u: (B, n_blocks).
 
-    Of the m maskable tokens of a block l are masked, the share 1 - alpha(u) rounded up: their
-    number has no noise of its own, which lowers the variance of the loss (LLaDA, eq. 6). The weight
-    1 / (l P(l)), with P(l) the probability of l, makes its mean the NELBO under any schedule. A
-    block masked entirely (u = 1), as blocks are when drafting starts, weighs 1.
+    A block with m maskable tokens gets l masks: l is (1 - alpha(u)) m, rounded up. As l has no
+    noise of its own, the loss has less variance (LLaDA, eq. 6). The weight 1 / (l P(l)), with P(l)
+    the probability of l, makes its mean the NELBO under any schedule. A block masked entirely
+    (u = 1), as blocks are when drafting starts, weighs 1.
     """
     maskable = maskable.view(*u.shape, -1)  # (B, n_blocks, block)
     m = maskable.sum(2).clamp(min=1)
@@ -776,7 +777,7 @@ def takes_padding(model):
     model.set_causal(not model.bidirectional)
     alone = model(ids)
     try:
-        with errors_as("padding"):
+        with errors_as("padding", trial=True):
             padded = forward_at(model, F.pad(ids, (2, 0)), 0, pad, int(model.bidirectional))
     except UserError:
         return False
@@ -1230,7 +1231,7 @@ def try_flex_attention(model, length, autocast):
         if 2 * length < 128:  # both copies
             raise UserError("it is made for windows of 64 tokens or more")
         expected = states_and_gradient(model.kernel)
-        with errors_as("it does not run here"):
+        with errors_as("it does not run here", trial=True):
             found = states_and_gradient("flex_attention")
         exact = autocast.fast_dtype == expected[0].dtype == torch.float32
         for x, y in zip(expected, found, strict=True):
@@ -1306,15 +1307,18 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
 def stop_on_signal():
     """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
     warning. A second Ctrl-C or SIGTERM ends the process at once."""
-    stop, terminals = [], [fd for fd in (1, 2) if os.isatty(fd)]
+    stop = []
 
     def handler(number, frame):
         if stop and number in (signal.SIGINT, signal.SIGTERM):
             sys.exit(128 + number)
         stop.append(number)
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
-            for fd in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        time.sleep(0.1)  # a closed terminal or Ctrl-C also ends the tee or less that reads us
+        outputs = select.poll()
+        for fd in (1, 2):
+            outputs.register(fd, 0)
+        for fd, _ in outputs.poll(0):  # nobody reads it any more, and writing to it would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -1763,17 +1767,32 @@ def find_files(name, kinds):
         word = re.search(r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?![a-z])", inside)
         split = shard[1] if shard else word[1] if word else "train"
         splits.setdefault(split, []).append(file)
-    if "train" not in splits:  # then these names say something else
-        splits = {"train": files}
+    if not any(re.search(r"(?<![a-z])train(?![a-z])", split) for split in splits):
+        splits = {"train": files}  # then these names say something else
     return splits, kinds[found[0]]
 
 
-def load_splits(name, config, cache):
-    """({split: data set} of a hub name, a file, a folder of files, or one of save_to_disk(), the
-    kind of its files)."""
+def choose_splits(name, split, splits):
+    """Of {split: data}: (what is trained on, its validation split or None). The others are left
+    alone, with a line that says so. UserError if there is no such split."""
+    if split not in splits:
+        raise UserError(f"dataset_split: '{name}' has no '{split}', it has {', '.join(splits)}"
+                        + did_you_mean(split, splits))
+    words = "validation", "valid", "val", "dev"  # train_sft goes with validation_sft
+    held = [split.replace("train", word) if "train" in split else word for word in words]
+    held = [word for word in held if word in splits and word != split][:1]
+    others = [word for word in splits if word not in (split, *held)]
+    if others:
+        print(f"data: splits left alone: {', '.join(others)}")
+    return splits[split], splits[held[0]] if held else None
+
+
+def load_splits(name, config, split, cache):
+    """(Training data set, validation data set or None, the kind of its files) of a hub name, a
+    file, a folder of files, or one of save_to_disk()."""
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
              ".parquet": "parquet"}
-    path, kind = Path(name), None
+    path = Path(name)
     local = path.exists() or path.suffix in kinds or name[:1] in (".", "/")
     if local and not path.exists():
         raise UserError(f"dataset_name: there is no '{name}'")
@@ -1784,24 +1803,29 @@ def load_splits(name, config, cache):
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         with errors_as(f"dataset_name: '{name}' cannot be loaded"):
             splits = datasets.load_from_disk(name)
-            return (splits if isinstance(splits, dict) else {"train": splits}), kind
-    what = {"path": name, "name": config or None}
-    if local:
-        files, kind = find_files(name, kinds)
-        paths = {split: [glob.escape(str(p.absolute())) for p in found]
-                 for split, found in files.items()}
-        what = {"path": kind, "data_files": paths, "cache_dir": f"{cache}/datasets"}
-        if kind != "parquet":
-            what["encoding"] = "utf-8-sig"  # a byte order mark is no text
-        if kind == "text":
-            what["sample_by"] = "document"
-            if not any(p.stat().st_size for found in files.values() for p in found):
-                raise UserError(f"dataset_name: '{name}' holds no text")
-            if max(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
-                kind = "lines"
-                what |= {"sample_by": "line", "keep_linebreaks": True}
-    with errors_as(f"dataset_name: '{name}' cannot be loaded"):
-        return datasets.load_dataset(**what), kind
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+        return *choose_splits(name, split, splits), None
+    if not local:
+        with errors_as(f"dataset_name: '{name}' cannot be loaded"):
+            splits = datasets.load_dataset(name, config or None)
+        return *choose_splits(name, split, splits), None
+
+    files, kind = find_files(name, kinds)
+    what = {"path": kind, "split": "train", "cache_dir": f"{cache}/datasets"}
+    if kind != "parquet":
+        what["encoding"] = "utf-8-sig"  # a byte order mark is no text
+    if kind == "text":
+        what["sample_by"] = "document"
+        if not any(p.stat().st_size for found in files.values() for p in found):
+            raise UserError(f"dataset_name: '{name}' holds no text")
+        if max(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
+            kind = "lines"
+            what |= {"sample_by": "line", "keep_linebreaks": True}
+    parts = choose_splits(name, split, files)
+    with errors_as(f"dataset_name: '{name}' cannot be loaded"):  # each alone: columns may differ
+        train, held = (part and datasets.load_dataset(
+            **what, data_files=[glob.escape(str(p.absolute())) for p in part]) for part in parts)
+    return train, held, kind
 
 
 def read_corpus(name, config, split, column, cache, answered=False):
@@ -1814,16 +1838,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
         from pydoc_data.topics import topics
         texts = [re.sub(" {2,}", " ", text) for text in topics.values()]
         return {"train": texts, "held": None, "lines": 1, "chat": False, "key": sys.version}
-    splits, kind = load_splits(name, config, cache)
-    if split not in splits:
-        raise UserError(f"dataset_split: '{name}' has no '{split}', it has {', '.join(splits)}"
-                        + did_you_mean(split, splits))
-    train, held = splits[split], None
-    for word in ("validation", "valid", "val", "dev"):  # train_sft goes with validation_sft
-        held = held or splits.get(split.replace("train", word) if "train" in split else word)
-    others = [k for k, table in splits.items() if table is not train and table is not held]
-    if others:
-        print(f"data: splits left alone: {', '.join(others)}")
+    train, held, kind = load_splits(name, config, split, cache)
     has = train.column_names
     if kind in ("text", "lines"):
         column = "text"
@@ -1834,13 +1849,16 @@ def read_corpus(name, config, split, column, cache, answered=False):
     if kind == "json" and len(train) == 1:
         raise UserError(f"dataset_name: '{name}' is one row; write one JSON object a line, or a "
                         "list of objects")
-    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, train._fingerprint]}
+    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, answered, train._fingerprint]}
     for part, table in {"train": train, "held": held}.items():
-        if chat and table and set(has) <= set(table.column_names):
-            corpus[part] = conversations(table, name, answered)
-        elif not chat and table and column in table.column_names:
-            corpus[part] = table[column]
-        if part == "held" and corpus["held"] is not None:
+        wanted = has if chat else [column]
+        if not table:
+            continue
+        if not set(wanted) <= set(table.column_names):
+            print(f"data: the validation split is left alone, as it has no {' and '.join(wanted)}")
+            continue
+        corpus[part] = conversations(table, name, answered) if chat else table[column]
+        if part == "held":
             corpus["key"].append(table._fingerprint)
     head = [text or "" for text in corpus["train"][:1000]]
     if not all(isinstance(text, str) for text in head):
@@ -1916,7 +1934,8 @@ def chat_pieces(tokenizer, row):
     One text, unless the template rewrites earlier turns as the conversation grows, as some do with
     their thinking: then a text for each answer.
     """
-    messages, texts, before = plain_messages(row["messages"]), [], None
+    messages, texts = plain_messages(row["messages"]), []
+    before = None  # the text so far
     write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     for i, message in enumerate(messages):
         answers = message["role"] == "assistant" and i > 0  # nothing asks for a first message
@@ -1951,10 +1970,13 @@ def encode_pieces(tokenizer, pieces):
     return ids
 
 
-def fill_up(ids, end, block, length):
-    """A window with ids: what follows the text in its last block are ends, to be learned, as
-    padding that the model sees would tell it how long the text is. Beyond, ends as context."""
-    if end is not None:
+def fill_up(ids, end, block, length, finished=True):
+    """A window with ids, filled up with ends of text.
+
+    Those in the last block of a finished text are to be learned: as context, which the model sees,
+    they would tell it how long the text is. All others are context.
+    """
+    if finished and end is not None:
         ids = [*ids, *[end] * (-len(ids) % block)]
     return ids + [~(end or 0)] * (length - len(ids))
 
@@ -2049,11 +2071,12 @@ def substrings(text):
 def common_strings(n_documents, documents, n_held):
     """Strings of held-out text that many documents share, as an instruction, a licence or JSON
     keys. n_documents: how many of the n_held held-out documents have each; documents: some more."""
+    counts = Counter(n_documents)
     for text in documents:  # without the strings that only they have
-        n_documents.update(n_documents.keys() & set(substrings(text)))
+        counts.update(n_documents.keys() & set(substrings(text)))
         n_held += 1
     many = max(3, n_held // 100)
-    return {string for string, count in n_documents.items() if count >= many}
+    return {string for string, count in counts.items() if count >= many}
 
 
 def split_corpus(corpus, length, split_seed, report):
@@ -2062,7 +2085,7 @@ def split_corpus(corpus, length, split_seed, report):
 
     Held out is the validation split, else a seeded 5 % of the documents. Training leaves out a
     document if a tenth of it stands in held-out text, or 1 % of held-out text in it. Text that many
-    documents share does not count: only a document without any text of its own is a copy then.
+    documents share does not count, but a document with nothing else is left out too.
     """
     rows, lines = corpus["train"], corpus["lines"]
     held_rows = corpus["held"] or rows
@@ -2083,14 +2106,17 @@ def split_corpus(corpus, length, split_seed, report):
                 return
             n_characters += len(text)
             held_out.add(i)
-            n_documents.update(set(substrings(text)))
-            yield i, text
+            if text:
+                n_documents.update(set(substrings(text)))
+                yield i, text
 
     def train_documents():
         rest = order[len(held_out):] if held_rows is rows else order
         some = (text for _, text in documents(rows, rest[:200]))
         common = common_strings(n_documents, some, len(held_out))
         for i, text in documents(rows, rest):
+            if not text:
+                continue
             strings = substrings(text)
             own = [string for string in strings if string not in common]
             shared = [string for string in own if string in n_documents]
@@ -2103,7 +2129,7 @@ def split_corpus(corpus, length, split_seed, report):
             report["held_out_share_in_training"] = len(seen) / max(1, len(n_documents))
             yield i, text
 
-    return held_documents(), filter(lambda document: document[1], train_documents())
+    return held_documents(), train_documents()
 
 
 def make_windows(texts, encode, limit, length, start, end, report):
@@ -2114,7 +2140,7 @@ def make_windows(texts, encode, limit, length, start, end, report):
         found = [rest]
         for number, text in batch:
             try:
-                found += [encode(text), end] if text else []
+                found += [encode(text), end]
             except (ValueError, TypeError, jinja2.TemplateError) as error:  # of its template
                 report["refused"] += 1
                 report["first_refused"] = report["first_refused"] or [number + 1, first_line(error)]
@@ -2173,7 +2199,7 @@ def left_out(report):
     text = f"{n} near-duplicates of held-out text left out ({share:.0%} of the documents)"
     if report["refused"]:
         row, why = report["first_refused"]
-        text += f", {report['refused']} conversations refused, the first in row {row}: {why}"
+        text += f", {report['refused']} texts refused, the first in row {row}: {why}"
     return text
 
 
@@ -2229,7 +2255,9 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n):
     windows = windows[:n].astype(np.int64)
     T, device = windows.shape[1], lm.get_input_embeddings().weight.device
     eos, ends = tokenizer.eos_token_id, end_ids(lm, tokenizer)
-    lengths = [int((row >= 0).argmax()) or max(1, T // 4) for row in windows]
+    lengths = [int((row >= 0).argmax()) for row in windows]
+    opened = len(opening(tokenizer))  # a window that goes on with an answer has no prompt but this
+    lengths = [n if n > opened else max(1, T // 4) for n in lengths]
     P = max(lengths)
     prompts = [np.maximum(row, ~row)[:n].tolist() for row, n in zip(windows, lengths, strict=True)]
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
@@ -2244,8 +2272,7 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n):
     for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
         row = [*(~token for token in prompt), *text[:end]][:T]
-        finished = eos if end < len(text) or text[-1] in ends else None
-        new.append(fill_up(row, finished, block or T, T))
+        new.append(fill_up(row, eos, block or T, T, end < len(text) or text[-1] in ends))
     return np.array(new, np.int32)
 
 
@@ -2299,12 +2326,12 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def errors_as(prefix, kind=UserError):
+def errors_as(prefix, kind=UserError, trial=False):
     """At the border to libraries: whatever they raise becomes a UserError that starts with prefix,
     or a RunError.
 
     The broad except is on purpose: broken files and odd models raise dozens of types. --debug
-    shows them.
+    shows them, but not those of a trial, for which there is another way.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -2314,7 +2341,7 @@ def errors_as(prefix, kind=UserError):
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error) or debug:
+        if isinstance(error, UserError) or out_of_memory(error) or debug and not trial:
             raise
         if "while generating the dataset" in str(error):  # says nothing, but its cause does
             error = error.__cause__ or error
@@ -2454,13 +2481,17 @@ def merge_adapter(name, tokenizer_name, weights_dtype):
     return lm, tokenizer
 
 
-def fingerprint(lm):
-    """A hash of up to 256 values of each weight, the same whatever dtype they are loaded in."""
+def fingerprint(path):
+    """A hash of the size, and of 4 KB in about 256 places, of each file of a model's weights."""
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     digest = hashlib.sha256()
-    for key, p in sorted(lm.named_parameters()):
-        some = p.detach().flatten()[::max(1, p.numel() // 256)].to("cpu", torch.bfloat16)
-        digest.update(f"{key} {tuple(p.shape)}".encode())
-        digest.update(some.view(torch.int16).numpy().tobytes())
+    for file in [path] if path.is_file() else files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            for place in range(0, size, max(4096, size // 256)):
+                weights.seek(place)
+                digest.update(weights.read(4096))
     return digest.hexdigest()
 
 
@@ -2475,14 +2506,15 @@ def our_tensors(model):
     return files
 
 
-def reference(name, lm):
-    """Where a model that is not saved again is from: its path, or hub name and revision, and a hash
-    of its weights."""
-    found = {"name": name, "revision": None, "sha256": fingerprint(lm)}
-    if Path(name).exists():
-        return found | {"name": str(Path(name).absolute())}
+def reference(name):
+    """Where a model that is not saved again is from: its path and a hash of its weights, or its hub
+    name and revision."""
+    path = Path(name).absolute()
+    if path.exists():
+        return {"name": str(path), "revision": None, "sha256": fingerprint(path)}
     cached = try_to_load_from_cache(name, "config.json")  # in a folder named after its revision
-    return found | {"revision": Path(cached).parent.name} if isinstance(cached, str) else found
+    revision = Path(cached).parent.name if isinstance(cached, str) else None
+    return {"name": name, "revision": revision, "sha256": None}
 
 
 def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
@@ -2493,7 +2525,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
     cannot be loaded or does not fit.
     """
     name = str(name)
-    path, saved, base = resolve_model(name)[0], None, None
+    path = resolve_model(name)[0]
+    saved = base = None
     if not ours or (path / "diffusion.json").is_file() and not config_json:
         record = read_record(path)
         saved, base = record["model"], record.get("base")
@@ -2504,14 +2537,16 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
     if base:
         lm, tokenizer = load_hf(base["name"], tokenizer_name or name, "", weights_dtype,
                                 base["revision"])
-        if fingerprint(lm) != base["sha256"]:
+        if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
             raise UserError(f"model_name: '{name}' holds adapters for {base['name']}, but the "
                             "weights there are not those that it was trained on")
     else:
         lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
-    own_bytes = config_json or saved and saved.get("lora") or (path / "training.pt").exists()
-    if ours.get("lora") and not base and not own_bytes:  # a checkpoint does not stay, say
-        base = reference(name, lm)
+    # random weights are nowhere else, and a checkpoint is deleted when newer ones are there; an
+    # earlier result with adapters is where this run may write its own
+    temporary = config_json or saved and saved.get("lora") or (path / "training.pt").exists()
+    if ours.get("lora") and not base and not temporary:
+        base = reference(name)
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
     model.base = base if ours.get("lora") else None

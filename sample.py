@@ -111,7 +111,7 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, ends=
     device, cache = model.device, new_cache(model.device)
     cache.meta = clean_meta(len(prompt)).to(device)
     moves = torch.tensor([[[1]], [[0]], [[1]]], device=device)  # positions and context ends, no ids
-    t = torch.tensor([[model.num_timesteps]], device=device)  # masks alone are told it
+    t = torch.tensor([[model.num_timesteps]], device=device) if drafts else None
     model.set_causal(True)
     last = torch.tensor([len(prompt) - 1], device=device)
     logits = model(torch.tensor([prompt], device=device), None, last, cache=cache)

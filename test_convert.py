@@ -860,7 +860,7 @@ def test_what_a_template_refuses_is_left_out_and_counted_with_the_first_row(tmp_
                                + tokenizer.chat_template)
     write_rows(tmp_path, rows)
     report = build(tmp_path, tokenizer=tokenizer, max_seq_length=64)[2]
-    assert "1 conversations refused, the first in row 8: no critics" in convert.left_out(report)
+    assert "1 texts refused, the first in row 8: no critics" in convert.left_out(report)
     write_rows(tmp_path, [rows[7]] * 40)
     with pytest.raises(configurator.UserError, match="too little held text.*no critics"):
         build(tmp_path, tokenizer=tokenizer, max_seq_length=64)
@@ -914,6 +914,20 @@ def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
 
     found = [decode(w[w < 0]).split("<assistant>")[0] for w in (*train, *held)]
     assert sorted(found) == sorted(f"<user>{text}\n" for text in many(40, 2))
+
+    write_rows(tmp_path, [{"prompt": text, "response": "said"} for text in many(40, 2)])
+    for settings, there in ((answered, False), ({}, True)):  # not from the cache of the other
+        windows = build(tmp_path, tokenizer=chat_tokenizer(), max_seq_length=64, **settings)[0]
+        assert ("said" in decode(windows[windows >= 0])) == there
+
+
+def test_own_text_in_odd_windows():
+    lm, tokenizer = random_lm("llama", vocab_size=300), with_bos(convert.byte_tokenizer())
+    goes_on = [~257, *range(3, 18)]  # an answer that began in the window before
+    asked = [~257, *(~id for id in range(3, 14)), *range(14, 18)]
+    rows = convert.ar_continue(lm, np.array([goes_on, asked]), tokenizer, 0, 14, 2)
+    assert (rows[:, :4] == ~np.array([257, 3, 4, 5])).all(), "the first quarter is the prompt"
+    assert (rows[0, 4:6] >= 0).all() and (rows[0, 6:] == ~256).all(), "no room for more"
 
 
 def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
@@ -974,6 +988,8 @@ def test_of_a_document_copied_many_times_no_copy_is_trained_on_when_one_is_held_
     train, held, report = build(tmp_path, eval_samples=1000)
     assert words(60, 999)[:64] in decode(held) and words(60, 999)[:64] not in decode(train)
     assert "left out (" in convert.left_out(report) and report["near_duplicates_left_out"] > 40
+    write_rows(tmp_path, many(100, 60) + [""] * 50)
+    assert build(tmp_path, eval_samples=1000)[2]["near_duplicates_left_out"] == 0, "empty rows"
 
 
 def test_training_text_is_a_sample_of_the_corpus_and_not_its_head(tmp_path):
@@ -1010,6 +1026,25 @@ def test_other_split_names_can_be_given_and_wrong_ones_are_answered_with_those_t
     with pytest.raises(configurator.UserError, match="dataset_split: .*has no 'train', it has tr"):
         build(tmp_path, **saved)
     assert len(build(tmp_path, dataset_name=str(tmp_path / "one"))[0]) > 9
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("train_sft", "test_sft", "train_gen"):
+        rows = [json.dumps({"text": text, name: 1}) for text in many(30, 60)]  # columns differ
+        (shards / f"{name}-00000-of-00001.jsonl").write_text("\n".join(rows))
+    shards = {"dataset_name": str(shards), "text_column": "text"}
+    assert len(build(tmp_path, dataset_split="train_sft", **shards)[0]) > 9
+    with pytest.raises(configurator.UserError, match="no 'train', it has test_sft, train_gen, tr"):
+        build(tmp_path, **shards)
+
+
+def test_a_validation_split_without_the_column_is_left_alone_with_a_line(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for split, column in (("train", "text"), ("validation", "body")):
+        rows = [json.dumps({column: text}) for text in many(30, 60)]
+        (tmp_path / f"a/{split}.jsonl").write_text("\n".join(rows))
+    assert len(build(tmp_path, dataset_name=str(tmp_path / "a"))[1])
+    assert "the validation split is left alone, as it has no text" in capsys.readouterr().out
 
 
 @cases("rows, message", [
@@ -1375,7 +1410,9 @@ def test_a_base_that_adapters_leave_alone_is_not_saved_again(run, sample_main):
     go_back(9)
     assert "resume: out/checkpoint_9" in run(flags + " --resume")
     assert "base_model_name_or_path" in Path("out/final/adapter/adapter_config.json").read_text()
-    assert sample_main("--out_dir=out", "--max_new_tokens=4", "--verify")[0] == 0
+    for dtype in ("float32", "float16"):
+        flags = f"--out_dir=out --max_new_tokens=4 --verify --dtype={dtype}"
+        assert sample_main(*flags.split())[0] == 0
 
     save_final("base", diffusion(random_lm("llama", vocab_size=300, initializer_range=0.1)))
     check_error(sample_main("--out_dir=out"), "not those that it was trained on")
@@ -1492,8 +1529,8 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
 
 
 @cases("name, most_lines, most_bytes", [  # ceilings: each is to go down again
-    ("convert.py", 2550, 134500), ("sample.py", 397, 19800), ("bench.py", 752, 35600),
-    ("configurator.py", 117, 5700), ("test_convert.py", 2480, 122600), ("README.md", 250, 15600)])
+    ("convert.py", 2590, 136500), ("sample.py", 397, 19800), ("bench.py", 752, 35600),
+    ("configurator.py", 117, 5700), ("test_convert.py", 2540, 125500), ("README.md", 250, 15600)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
     source = (HERE / name).read_text()
     lines = source.splitlines()
@@ -1596,6 +1633,23 @@ def test_a_signal_ends_with_a_checkpoint_and_a_second_interrupt_at_once(
     code, out, _ = convert_main(*TINY)
     assert code == 128 + number
     assert Path("out/checkpoint_1").exists() == ("--resume" in out) == (times == 1)
+
+
+def test_a_signal_that_also_ends_the_reader_of_the_output_loses_nothing(tmp_path):
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import convert
+        end, start = os.pipe()
+        os.dup2(start, 1), os.dup2(start, 2), os.close(start)
+        def interrupted(*args):
+            os.close(end)
+            signal.raise_signal(signal.SIGINT)
+            return 1.0, 1.0, 1e-3
+        convert.train_step = interrupted
+        sys.exit(convert.run(convert.main))"""
+    script("-c", code, *TINY, code=128 + signal.SIGINT, cwd=tmp_path)
+    assert (tmp_path / "out/checkpoint_1").exists()
 
 
 def test_a_run_end_to_end(run):
@@ -2024,7 +2078,8 @@ def test_smollm2_converts_and_its_ar_perplexity_before_is_that_of_the_original(t
 
 
 @cases("family", ["llama", "gemma3_text"])  # one window for all layers, and two kinds of layers
-def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(family, capsys):
+def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(
+        family, capsys, monkeypatch):
     model = diffusion(random_lm(family), block_size=4)
     x0 = random_ids(2, 16)
     ids = torch.cat([x0, x0.where(x0 % 3 > 0, model.mask_id)], 1)
@@ -2034,6 +2089,7 @@ def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(fami
             results.append(model.hidden_of_blocks(ids, torch.ones(2, 8))[1])
     assert_close(*results)
 
+    monkeypatch.setattr(convert, "debug", True)
     for length, why in ((64, "it does not run"), (16, "it is made for windows of 64")):
         convert.try_flex_attention(model, length, NO_AUTOCAST_CPU)  # no backward pass on a CPU
         assert model.lm.config._attn_implementation == "sdpa"
@@ -2285,7 +2341,7 @@ def test_an_estimate_takes_no_more_than_it_says(tmp_path):
 
 
 def test_a_process_counts_its_own_memory_and_not_its_parents(tmp_path):
-    held = bytearray(b"x" * 10**9)
+    held = np.ones(10**9, np.uint8)
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import convert; "
             f"print(convert.memory_gb(convert.torch.device('cpu'))[0])")
     own = float(script("-c", code, cwd=tmp_path)[0])

@@ -10,5 +10,3 @@ from pathlib import Path
 exec(Path(__file__).with_name("phi2_lora.py").read_text())  # the same recipe for another base model
 
 model_name = "meta-llama/Llama-2-7b-hf"
-
-device = "cuda"
