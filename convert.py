@@ -2117,8 +2117,7 @@ def split_corpus(corpus, length, split_seed, report):
         for i, text in documents(rows, rest):
             if not text:
                 continue
-            strings = substrings(text)
-            own = [string for string in strings if string not in common]
+            own = [string for string in substrings(text) if string not in common]
             shared = [string for string in own if string in n_documents]
             copied = len(shared) > 0.1 * len(own) or len(set(shared)) > 0.01 * len(n_documents)
             report["documents"] += 1
