@@ -1746,9 +1746,12 @@ def check_disk(model, out):
 
 # ----------------------------------------------------------------------------------------------
 # Data: tokenised once, into windows that each epoch visits once in an order of its own
+SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?:ing)?(?![a-z])"
+
+
 def find_files(name, kinds):
     """({split: files} of a file or folder, the kind they all are of): a file's split is in its name
-    or that of its folder, as train-00000-of-00001 or validation/, else it is train."""
+    or else in that of its folder, as train-00000-of-00001 or validation/, else it is train."""
     path = Path(name)
     files = [path]
     if path.is_dir():
@@ -1760,15 +1763,20 @@ def find_files(name, kinds):
         there = f", it has {' and '.join(examples)}" if examples else ""
         raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all "
                         + " or ".join(kinds) + there)
+    files = [file for file in files if file.stat().st_size]
+    if not files:
+        raise UserError(f"dataset_name: '{name}' holds no text")
     splits = {}
     for file in files:
-        inside = str(file.relative_to(path)) if path.is_dir() else ""
-        shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", inside)
-        word = re.search(r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?![a-z])", inside)
+        inside = file.relative_to(path).parts if path.is_dir() else ()
+        shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", "/".join(inside))
+        words = [re.search(SPLIT_WORD, part.lower()) for part in reversed(inside)]
+        word = next(filter(None, words), None)
         split = shard[1] if shard else word[1] if word else "train"
         splits.setdefault(split, []).append(file)
-    if not any(re.search(r"(?<![a-z])train(?![a-z])", split) for split in splits):
-        splits = {"train": files}  # then these names say something else
+    if not any("train" in re.findall(SPLIT_WORD, split.lower()) for split in splits):
+        print(f"data: no file has train in its name, so it is all trained on: {', '.join(splits)}")
+        splits = {"train": files}
     return splits, kinds[found[0]]
 
 
@@ -1816,8 +1824,6 @@ def load_splits(name, config, split, cache):
         what["encoding"] = "utf-8-sig"  # a byte order mark is no text
     if kind == "text":
         what["sample_by"] = "document"
-        if not any(p.stat().st_size for found in files.values() for p in found):
-            raise UserError(f"dataset_name: '{name}' holds no text")
         if max(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
             kind = "lines"
             what |= {"sample_by": "line", "keep_linebreaks": True}
@@ -1842,6 +1848,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
     has = train.column_names
     if kind in ("text", "lines"):
         column = "text"
+    chat_columns = {"messages", "conversations", "prompt", "response", "completion"}
     chat = column not in has and bool({"messages", "conversations", "prompt"} & set(has))
     if not chat and column not in has:
         raise UserError(f"text_column: '{name}' has no '{column}', it has {', '.join(has)}"
@@ -1851,7 +1858,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
                         "list of objects")
     corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, answered, train._fingerprint]}
     for part, table in {"train": train, "held": held}.items():
-        wanted = has if chat else [column]
+        wanted = sorted(chat_columns & set(has)) if chat else [column]
         if not table:
             continue
         if not set(wanted) <= set(table.column_names):
@@ -1864,7 +1871,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
     if not all(isinstance(text, str) for text in head):
         raise UserError(f"text_column: '{column}' of '{name}' holds {train.features[column]}, "
                         "not text")
-    if not any(head):
+    if not any(head) and len(head) == len(corpus["train"]):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
     if kind == "lines" and len(corpus["train"]) < 1000:
         corpus["train"] = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
@@ -1889,7 +1896,7 @@ def conversations(table, name, answered):
     has = set(table.column_names)
     for column in ("messages", "conversations"):
         if column in has:
-            return [json.dumps({"messages": rows, "complete": True}, default=lambda other: None)
+            return [json.dumps({"messages": rows, "complete": True}, default=not_text)
                     for rows in table[column]]
     column = next((c for c in ("response", "completion") if c in has), None)
     if not column and not answered:
@@ -1905,8 +1912,13 @@ def conversations(table, name, answered):
         if not isinstance(answer, list):
             answer = [{"role": "assistant", "content": answer}]
         row = {"messages": [*messages, *answer], "complete": not answered}
-        rows.append(json.dumps(row, default=lambda other: None))  # a date, say, is no text
+        rows.append(json.dumps(row, default=not_text))
     return rows
+
+
+def not_text(value):
+    """What stands for a date, say, in the JSON of a row: plain_messages() refuses it as content."""
+    return {"type": type(value).__name__}
 
 
 def plain_messages(messages):
@@ -1918,12 +1930,16 @@ def plain_messages(messages):
         raise ValueError("a conversation must be a list of messages")
     plain = []
     for message in messages:
-        role = message.get("role") or message.get("from") or ""
-        content = message.get("content", message.get("value"))
-        parts = content if isinstance(content, list) else [content or ""]
+        role = str(message.get("role") or message.get("from") or "").lower()
+        content = message.get("content")
+        if content is None:
+            content = message.get("value")
+        parts = content if isinstance(content, list) else ["" if content is None else content]
         texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the content of a message is no text: {json.dumps(content)[:80]}")
+        if not role:
+            raise ValueError("a message has no role")
         plain.append(message | {"role": roles.get(role, role), "content": "".join(texts)})
     return plain
 
@@ -2079,6 +2095,18 @@ def common_strings(n_documents, documents, n_held):
     return {string for string, count in counts.items() if count >= many}
 
 
+def documents(texts, lines, order):
+    """The documents (number, text) of so many lines each, in this order. UserError for what is not
+    text."""
+    for i in map(int, order):
+        found = texts[i * lines:(i + 1) * lines]
+        for text in found:
+            if not isinstance(text, str | None):
+                raise UserError(f"text_column: row {i * lines + 1} or one soon after holds "
+                                f"{json.dumps(text, default=str)[:80]}, not text")
+        yield i, "".join(text or "" for text in found)
+
+
 def split_corpus(corpus, length, split_seed, report):
     """Generators of (held-out documents, training documents), both (number, text) in a seeded
     order; the first must be read first.
@@ -2094,14 +2122,10 @@ def split_corpus(corpus, length, split_seed, report):
     n = math.ceil(len(rows) / lines)
     order = np.random.default_rng(split_seed).permutation(n)
 
-    def documents(rows, order):
-        for i in map(int, order):
-            yield i, "".join(text or "" for text in rows[i * lines:(i + 1) * lines])
-
     def held_documents():
         n_characters, of_training = 0, held_rows is rows
         held_order = order if of_training else range(math.ceil(len(held_rows) / lines))
-        for i, text in documents(held_rows, held_order):
+        for i, text in documents(held_rows, lines, held_order):
             if of_training and len(held_out) >= max(1, n // 20) and n_characters > 8 * length:
                 return
             n_characters += len(text)
@@ -2112,9 +2136,9 @@ def split_corpus(corpus, length, split_seed, report):
 
     def train_documents():
         rest = order[len(held_out):] if held_rows is rows else order
-        some = (text for _, text in documents(rows, rest[:200]))
+        some = (text for _, text in documents(rows, lines, rest[:200]))
         common = common_strings(n_documents, some, len(held_out))
-        for i, text in documents(rows, rest):
+        for i, text in documents(rows, lines, rest):
             if not text:
                 continue
             own = [string for string in substrings(text) if string not in common]
@@ -2228,6 +2252,8 @@ def load_data(tokenizer, state):
         shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}
         train, held = (np.memmap(folder / f"{name}.bin", report["dtype"], "r", shape=shape)
                        for name, shape in shapes.items())
+        if zlib.crc32(train, zlib.crc32(held)) != report["crc32"]:
+            raise ValueError("its bytes have changed")
     if state["data"] not in (0, report["crc32"]):
         print("resume: no longer the run it was: the data has changed")
     state["data"] = report["crc32"]
@@ -2335,7 +2361,7 @@ def errors_as(prefix, kind=UserError, trial=False):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels not used here
-    for name in ("past_key_values", "gradient_checkpointing_enable"):  # older versions lack others
+    for name in ("past_key_values", "gradient_checkpointing_enable", "is_gradient_checkpointing"):
         warnings.filterwarnings("ignore", f".{name}. is deprecated", FutureWarning)
     try:
         yield
@@ -2448,6 +2474,10 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
             missing = sorted(report["missing_keys"] or report["mismatched_keys"])
             if missing:
                 raise ValueError(f"it lacks weights: {missing[:3]}")
+    ends = lm.generation_config.eos_token_id
+    if not all(isinstance(end, int | None) for end in np.atleast_1d(np.array(ends, object))):
+        raise UserError(f"model_name: '{name}', generation_config.json: eos_token_id must be ids, "
+                        f"not {ends!r}")
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
@@ -2470,21 +2500,25 @@ def merge_adapter(name, tokenizer_name, weights_dtype):
     from peft import PeftModel  # slow to import
     with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
         config = json.loads((Path(name) / "adapter_config.json").read_text())
-        base = config["base_model_name_or_path"]
+        base = str(config["base_model_name_or_path"])
+        if (Path(base) / "adapter_config.json").is_file():
+            raise ValueError(f"its base, '{base}', has an adapter too")
     if not tokenizer_name and (Path(name) / "tokenizer_config.json").exists():
         tokenizer_name = name
     lm, tokenizer = load_hf(base, tokenizer_name, "", weights_dtype)
     with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
+        warnings.filterwarnings("error", "Found missing adapter keys")
         lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
     print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
     return lm, tokenizer
 
 
 def fingerprint(path):
-    """A hash of the size, and of 4 KB in about 256 places, of each file of a model's weights."""
+    """A hash of the size, and of 4 KB in about 256 places, of a model's configuration and of each
+    file of its weights."""
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else files:
+    for file in [path] if path.is_file() else [*path.glob("config.json"), *files]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as weights:
@@ -2533,6 +2567,9 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
     if saved and saved.get("lora") and not ours.get("lora"):
         raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
     weights_dtype = weights_dtype or base_dtype(ours.get("lora"), device.type)
+    if base and base["sha256"] and not Path(base["name"]).exists():
+        raise UserError(f"model_name: '{name}' holds adapters for {base['name']}, which is not "
+                        "there any more")
     if base:
         lm, tokenizer = load_hf(base["name"], tokenizer_name or name, "", weights_dtype,
                                 base["revision"])
