@@ -132,8 +132,8 @@ dry_run = False  # time three steps per stage, print what the run would cost, wr
 debug = False  # 20 steps with anomaly detection; errors of libraries keep their traceback
 seed = 1337  # of data order, noise, dropout and random weights
 
-# a set of values, (lowest, highest), or Path, in which ~ is the home folder; a number without an
-# entry must not be negative
+# a set of values, (lowest, highest), or Path, in which ~ is the home folder; any other number must
+# be 0 or more
 allowed = dict.fromkeys((
     "max_train_samples", "eval_samples", "batch_size", "gradient_accumulation_steps", "eval_steps",
     "log_steps", "keep_checkpoints"), (1, 10**9))
@@ -1546,7 +1546,7 @@ def log_step(loss, norm, lr, seconds, stage, state, log, device):
     losses, mean_seconds = state["losses"], sum(log["seconds"]) / len(log["seconds"])
     if log.pop("tell_hours", False) and device.type == "cpu":
         hours = log["steps"] * mean_seconds / 3600
-        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.1f} hours")
+        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.2f} hours")
     tokens_per_s = batch_size * gradient_accumulation_steps * max_seq_length / mean_seconds
     row = {"loss": math.fsum(losses) / len(losses) if losses else math.nan, "lr": lr,
            "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": round(tokens_per_s),
@@ -2585,6 +2585,10 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
         base = reference(name)
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
+    changed = [f"{key}={value} (here {ours[key]})" for key, value in (saved or {}).items()
+               if value != ours.get(key, value) and (key, value) != ("lora", None)]
+    if changed:
+        print(f"model_name: {path} was trained with {', '.join(changed)}")
     model.base = base if ours.get("lora") else None
     if tokenizer.eos_token_id is not None:
         model.end_id = tokenizer.eos_token_id
@@ -2594,9 +2598,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
         with errors_as(path / file):
             found = load_file(path / file)
             if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
-                theirs = [f"{k}={saved.get(k)} (here {ours.get(k)})"
-                          for k in ("use_time_embedding", "lora")]
-                raise ValueError(f"it belongs to a model with {', '.join(theirs)}")
+                raise ValueError("it belongs to a model with other settings: "
+                                 + ", ".join(changed or ["of another size"]))
             for key, tensor in found.items():
                 wanted[key].data.copy_(tensor)
     return model, tokenizer
