@@ -2550,6 +2550,16 @@ def reference(name):
     return {"name": name, "revision": revision, "sha256": None}
 
 
+def load_base(name, base, tokenizer_name, weights_dtype):
+    """load_hf() of the model that a result with adapters refers to. UserError if it has changed."""
+    of = f"model_name: '{name}' holds adapters for {base['name']}"
+    if base["sha256"] and not Path(base["name"]).exists():
+        raise UserError(f"{of}, which is not there any more")
+    if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
+        raise UserError(f"{of}, but the weights there are not those that it was trained on")
+    return load_hf(base["name"], tokenizer_name, "", weights_dtype, base["revision"])
+
+
 def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
     """(DiffusionLM, tokenizer), on the CPU, of a hub name, a folder, a .gguf file or a result.
 
@@ -2567,15 +2577,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
     if saved and saved.get("lora") and not ours.get("lora"):
         raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
     weights_dtype = weights_dtype or base_dtype(ours.get("lora"), device.type)
-    if base and base["sha256"] and not Path(base["name"]).exists():
-        raise UserError(f"model_name: '{name}' holds adapters for {base['name']}, which is not "
-                        "there any more")
     if base:
-        lm, tokenizer = load_hf(base["name"], tokenizer_name or name, "", weights_dtype,
-                                base["revision"])
-        if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
-            raise UserError(f"model_name: '{name}' holds adapters for {base['name']}, but the "
-                            "weights there are not those that it was trained on")
+        lm, tokenizer = load_base(name, base, tokenizer_name or name, weights_dtype)
     else:
         lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
     # random weights are nowhere else, and a checkpoint is deleted when newer ones are there; an
