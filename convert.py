@@ -1746,7 +1746,7 @@ def check_disk(model, out):
 
 # ----------------------------------------------------------------------------------------------
 # Data: tokenised once, into windows that each epoch visits once in an order of its own
-SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?:ing)?(?![a-z])"
+SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
 
 
 def find_files(name, kinds):
