@@ -1859,7 +1859,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
     corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, answered, train._fingerprint]}
     for part, table in {"train": train, "held": held}.items():
         wanted = sorted(chat_columns & set(has)) if chat else [column]
-        if not table:
+        if table is None:
             continue
         if not set(wanted) <= set(table.column_names):
             print(f"data: the validation split is left alone, as it has no {' and '.join(wanted)}")
