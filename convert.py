@@ -1808,14 +1808,12 @@ def load_splits(name, config, split, cache):
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    if saved or not local:
         with errors_as(f"dataset_name: '{name}' cannot be loaded"):
-            splits = datasets.load_from_disk(name)
+            splits = (datasets.load_from_disk(name) if saved else
+                      datasets.load_dataset(name, config or None))
         splits = splits if isinstance(splits, dict) else {"train": splits}
-        return *choose_splits(name, split, splits), None
-    if not local:
-        with errors_as(f"dataset_name: '{name}' cannot be loaded"):
-            splits = datasets.load_dataset(name, config or None)
         return *choose_splits(name, split, splits), None
 
     files, kind = find_files(name, kinds)
@@ -1848,29 +1846,24 @@ def read_corpus(name, config, split, column, cache, answered=False):
     has = train.column_names
     if kind in ("text", "lines"):
         column = "text"
-    chat_columns = {"messages", "conversations", "prompt", "response", "completion"}
-    chat = column not in has and bool({"messages", "conversations", "prompt"} & set(has))
+    asks = {"messages", "conversations", "prompt"}
+    chat = column not in has and bool(asks & set(has))
     if not chat and column not in has:
         raise UserError(f"text_column: '{name}' has no '{column}', it has {', '.join(has)}"
                         + did_you_mean(column, has))
     if kind == "json" and len(train) == 1:
         raise UserError(f"dataset_name: '{name}' is one row; write one JSON object a line, or a "
                         "list of objects")
-    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, answered, train._fingerprint]}
+    wanted = sorted((asks | {"response", "completion"}) & set(has)) if chat else [column]
+    if held is not None and not set(wanted) <= set(held.column_names):
+        print(f"data: the validation split is left alone, as it has no {' and '.join(wanted)}")
+        held = None
+    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, chat and answered]}
     for part, table in {"train": train, "held": held}.items():
-        wanted = sorted(chat_columns & set(has)) if chat else [column]
-        if table is None:
-            continue
-        if not set(wanted) <= set(table.column_names):
-            print(f"data: the validation split is left alone, as it has no {' and '.join(wanted)}")
-            continue
-        corpus[part] = conversations(table, name, answered) if chat else table[column]
-        if part == "held":
+        if table is not None:
+            corpus[part] = conversations(table, name, answered) if chat else text_of(table, column)
             corpus["key"].append(table._fingerprint)
     head = [text or "" for text in corpus["train"][:1000]]
-    if not all(isinstance(text, str) for text in head):
-        raise UserError(f"text_column: '{column}' of '{name}' holds {train.features[column]}, "
-                        "not text")
     if not any(head) and len(head) == len(corpus["train"]):
         raise UserError(f"text_column: '{column}' of '{name}' holds no text")
     if kind == "lines" and len(corpus["train"]) < 1000:
@@ -1878,6 +1871,14 @@ def read_corpus(name, config, split, column, cache, answered=False):
     if kind != "text" and not chat:
         corpus["lines"] = lines_per_document(corpus["train"], head, kind)
     return corpus
+
+
+def text_of(table, column):
+    """A column of a data set. UserError if it is of another type than text."""
+    feature = table.features[column]
+    if getattr(feature, "dtype", "") not in ("string", "large_string", "string_view", "null"):
+        raise UserError(f"text_column: '{column}' holds {feature}, not text")
+    return table[column]
 
 
 def lines_per_document(texts, head, kind):
@@ -2022,9 +2023,17 @@ def opening(tokenizer):
 
 def end_ids(lm, tokenizer):
     """All that ends a text: the tokenizer's end of text, and the ends of generation_config, which
-    are ends of turns as well."""
+    are ends of turns as well. UserError if these are no ids."""
     ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()
+    if not all(isinstance(end, int | None) for end in ends):
+        raise UserError(f"model_name: '{lm.name_or_path}', generation_config.json: eos_token_id "
+                        f"must be ids, not {lm.generation_config.eos_token_id!r}")
     return sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+def end_of(ids, ends):
+    """Where the first of `ends` stands in ids, or how many ids there are."""
+    return next((i for i, token in enumerate(ids) if token in ends), len(ids))
 
 
 def encode_prompt(model, tokenizer, prompt, new_tokens, start=None):
@@ -2096,15 +2105,9 @@ def common_strings(n_documents, documents, n_held):
 
 
 def documents(texts, lines, order):
-    """The documents (number, text) of so many lines each, in this order. UserError for what is not
-    text."""
+    """The documents (number, text) of so many lines each, in this order."""
     for i in map(int, order):
-        found = texts[i * lines:(i + 1) * lines]
-        for text in found:
-            if not isinstance(text, str | None):
-                raise UserError(f"text_column: row {i * lines + 1} or one soon after holds "
-                                f"{json.dumps(text, default=str)[:80]}, not text")
-        yield i, "".join(text or "" for text in found)
+        yield i, "".join(text or "" for text in texts[i * lines:(i + 1) * lines])
 
 
 def split_corpus(corpus, length, split_seed, report):
@@ -2295,9 +2298,9 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n):
             eos_token_id=ends or None, pad_token_id=eos or 0)
     new = []
     for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
-        row = [*(~token for token in prompt), *text[:end]][:T]
-        new.append(fill_up(row, eos, block or T, T, end < len(text) or text[-1] in ends))
+        end = end_of(text, ends)
+        row = [*(~token for token in prompt), *text[:end + 1]][:T]
+        new.append(fill_up(row, eos, block or T, T, end < len(text)))
     return np.array(new, np.int32)
 
 
@@ -2474,10 +2477,7 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
             missing = sorted(report["missing_keys"] or report["mismatched_keys"])
             if missing:
                 raise ValueError(f"it lacks weights: {missing[:3]}")
-    ends = lm.generation_config.eos_token_id
-    if not all(isinstance(end, int | None) for end in np.atleast_1d(np.array(ends, object))):
-        raise UserError(f"model_name: '{name}', generation_config.json: eos_token_id must be ids, "
-                        f"not {ends!r}")
+    end_ids(lm, tokenizer)  # an error now, not after the training
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config

@@ -19,9 +19,9 @@ import torch
 
 from configurator import UserError, configure
 from convert import (
-    checkpoints, clean_meta, crop_cache, encode_prompt, end_ids, errors_as, first_line, generate,
-    load_model, logits_to_probs, new_cache, opening, pick_autocast, pick_device, read_record, run,
-    sample_token)
+    checkpoints, clean_meta, crop_cache, encode_prompt, end_ids, end_of, errors_as, first_line,
+    generate, load_model, logits_to_probs, new_cache, opening, pick_autocast, pick_device,
+    read_record, run, sample_token)
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -144,11 +144,6 @@ def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, ends=
             drafted = torch.multinomial(q, 1, generator=generator)[:, 0].tolist()
     text = text[:new_tokens]
     return text[:end_of(text, ends) + 1], forwards, n_drafted, n_accepted
-
-
-def end_of(ids, ends):
-    """Where the first of `ends` stands in ids, or how many ids there are."""
-    return next((i for i, token in enumerate(ids) if token in ends), len(ids))
 
 
 # --------------------------------------------------------------------------------------------------
