@@ -40,10 +40,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import configurator
 import convert
+import corpus
+import machine
+import model_files
+import probe
 import sample
-from configurator import UserError, configure, settings_in
-from convert import RunError, errors_as, first_line, memory_gb, run
+from configurator import (
+    RunError, UserError, configure, errors_as, first_line, out_of_memory, run, settings_in)
+from machine import memory_gb
 
 # --------------------------------------------------------------------------------------------------
 # measure
@@ -81,6 +87,7 @@ def use(settings):
     """Give settings of convert.py and of this file new values."""
     for scope in (vars(convert), globals()):
         scope.update({name: settings[name] for name in settings_in(scope) if name in settings})
+    configurator.show_library_errors = convert.debug
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,9 +95,9 @@ def use(settings):
 # and tells how long it took. It runs in a process of its own, so that its memory is its own.
 def build(for_training=True):
     """(device, autocast, model on it, tokenizer), as convert.py or sample.py build them."""
-    device = convert.pick_device(convert.device)
-    autocast = convert.pick_autocast(device, convert.dtype, cache=False)
-    convert.limit_memory(device, convert.max_memory_gb)
+    device = machine.pick_device(convert.device)
+    autocast = machine.pick_autocast(device, convert.dtype, cache=False)
+    machine.limit_memory(device, convert.max_memory_gb)
     name, config_json, ours = convert.model_name, convert.model_config, convert.model_settings()
     if not for_training and not config_json and (Path(name) / "diffusion.json").is_file():
         ours = None  # a converted model knows its own
@@ -98,7 +105,7 @@ def build(for_training=True):
     weights_dtype = None if for_training else autocast.fast_dtype
     model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json,
                                           weights_dtype)
-    convert.check_length(model, convert.max_seq_length)
+    probe.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
 
 
@@ -192,7 +199,7 @@ def our_sampling():
     if prompts:
         sample.prompts = prompts
         lines = filter(None, sample.read_prompts())
-        texts = [convert.encode_prompt(model, tokenizer, line, 0) for line in lines]
+        texts = [corpus.encode_prompt(model, tokenizer, line, 0) for line in lines]
     longest = max(map(len, texts)) + new_tokens + 8 + model.block_size  # drafts reach past the end
     if longest > model.max_positions:
         raise UserError(f"new_tokens, prompts: up to {longest} positions, the model has "
@@ -316,7 +323,7 @@ def step_flops(model, passes):
     config, head = model.lm.config.get_text_config(), model.lm.get_output_embeddings().weight
     n_heads, per_token, total = config.num_attention_heads, 0, 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    attention = 12 * len(convert.decoder_layers(model.lm)) * n_heads * head_dim
+    attention = 12 * len(probe.decoder_layers(model.lm)) * n_heads * head_dim
     for module in model.lm.get_decoder().modules():
         for p in module.parameters(recurse=False):
             if p.dim() > 2:
@@ -360,7 +367,7 @@ def take_turns(prepares, turns):
                 found[prepare, what].append(pool.submit(answer, prepare, what).result())
             except (RuntimeError, MemoryError) as error:
                 killed = isinstance(error, (BrokenExecutor, MemoryError))
-                if killed or convert.out_of_memory(error):
+                if killed or out_of_memory(error):
                     raise RunError("out of memory, or a process was killed") from None
                 raise
     return found
@@ -494,7 +501,7 @@ def tracked_step(model, passes):
 def device_type():
     """The kind of device asked for; "cuda" even where there is none, to see what it would take."""
     kind = convert.device.partition(":")[0]
-    return convert.pick_device(kind).type if kind == "auto" else kind
+    return machine.pick_device(kind).type if kind == "auto" else kind
 
 
 # found before: a sweep comes by the same settings again, and a large model takes seconds
@@ -516,19 +523,19 @@ def estimate_step(config, process_gb):
     """estimate_memory() with the settings as they are, for the losses of all stages together."""
     # 1) a model of fake tensors, as a run would set it up
     kind = device_type()
-    dtype = convert.base_dtype(convert.use_lora, kind)
+    dtype = model_files.base_dtype(convert.use_lora, kind)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         model = convert.DiffusionLM(lm, **convert.model_settings()).train()
-    convert.check_length(model, convert.max_seq_length)
+    probe.check_length(model, convert.max_seq_length)
     with fake:
         model.to_empty(device="cpu")
         lm.tie_weights()
     model.head_floats = 2**28 if kind == "cpu" else 2**26  # as in set_up_model()
     if convert.use_gradient_checkpointing:
-        convert.checkpoint_layers(model)
+        machine.checkpoint_layers(model)
     for m in model.modules() if kind == "cuda" else ():  # fused kernels keep no dropout
         if isinstance(m, nn.Dropout):
             m.p = 0.0
@@ -585,8 +592,8 @@ def memory_savers(config, limit_gb, process_gb):
 
 def measure_memory(limit_gb, loaded_gb=0.0):
     """A row of estimate and memory savers, printed. loaded_gb: weights already in the process."""
-    tokenizer = convert.byte_tokenizer() if convert.tokenizer_name == "bytes" else None
-    config = convert.load_config(convert.model_name, convert.model_config, tokenizer)
+    tokenizer = model_files.byte_tokenizer() if convert.tokenizer_name == "bytes" else None
+    config = model_files.load_config(convert.model_name, convert.model_config, tokenizer)
     process_gb = max(0.0, memory_gb(torch.device("cpu"))[0] - loaded_gb)
     parts = estimate_memory(config, {}, process_gb)
     found, fits, largest = memory_savers(config, limit_gb, process_gb)
@@ -629,11 +636,12 @@ def measure():
     """A row of all that is asked for."""
     if random_weights:
         config = convert.model_config
-        config = config or convert.load_config(convert.model_name).to_json_string(use_diff=False)
+        if not config:
+            config = model_files.load_config(convert.model_name).to_json_string(use_diff=False)
         use({"model_config": config, "tokenizer_name": "bytes"})
     if estimate:
         limit = convert.max_memory_gb
-        return measure_memory(limit or convert.limit_memory(convert.pick_device(convert.device), 0))
+        return measure_memory(limit or machine.limit_memory(machine.pick_device(convert.device), 0))
     row = measure_training() if train else {}
     return row | measure_sampling() if sampling else row
 

@@ -2,14 +2,25 @@
 
 A script keeps its settings as flat lower-case globals and calls configure() with its globals().
 A file is Python that assigns settings and may compute from earlier ones; a flag is --name=value.
+Whatever goes wrong in run() ends as an error of one line and an exit code.
 """
 import ast
+import contextlib
 import difflib
+import logging
 import math
 import os
 import re
+import signal
+import sys
 import types
+import warnings
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
+import transformers
+
+show_library_errors = False  # as the setting debug says, where a script has one: see errors_as()
 
 
 class UserError(Exception):
@@ -87,6 +98,7 @@ def configure(settings, argv, allowed):
 
     allowed: {name: a set of values, (lowest, highest) or Path}; other numbers must not be negative.
     """
+    global show_library_errors
     argv = [os.path.expanduser(arg) for arg in argv]
     files = [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]
     for arg in argv:
@@ -105,6 +117,7 @@ def configure(settings, argv, allowed):
         for key, value in new.items():
             where = arg.partition("=")[0]
             settings[key] = check_value(key, value, settings, allowed.get(key), where)
+    show_library_errors = settings.get("debug", False)
     return files
 
 
@@ -115,3 +128,72 @@ def print_help(script, argv):
     source = Path(script["__file__"]).read_text()
     for group, name, why in re.findall(r"^(# [a-z ]+)$|^([a-z]\w*) = .*?(  # .*)$", source, re.M):
         print(f"\n{group}" if group else f"  {name} = {script[name]!r}{why}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors: one line and an exit code for whatever goes wrong
+class RunError(UserError):
+    """An error the user did not cause, as a full disk or a run that diverged: exit code 1."""
+    code = 1
+
+
+def out_of_memory(error):
+    """Whether an error of torch, on a GPU or a CPU, says that memory ran out."""
+    texts = "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return any(text in str(error) for text in texts)
+
+
+def first_line(error):
+    """The first line of a library's error, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def errors_as(prefix, kind=UserError, trial=False):
+    """At the border to libraries: whatever they raise becomes a UserError that starts with prefix,
+    or a RunError.
+
+    The broad except is on purpose: broken files and odd models raise dozens of types. --debug
+    shows them, but not those of a trial, for which there is another way.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels not used here
+    for name in ("past_key_values", "gradient_checkpointing_enable", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", f".{name}. is deprecated", FutureWarning)
+    try:
+        yield
+    except Exception as error:
+        if (isinstance(error, UserError) or out_of_memory(error)
+                or show_library_errors and not trial):
+            raise
+        if "while generating the dataset" in str(error):  # says nothing, but its cause does
+            error = error.__cause__ or error
+        advice = ""
+        if re.search(r"gated|private repo|\b40[13]\b", str(error)):
+            advice = " (accept its licence on its hub page, then hf auth login)"
+        raise kind(f"{prefix}: {first_line(error)}{advice}") from None
+
+
+def run(main, scope=None):
+    """Call main(argv); an error ends as one line on stderr and an exit code. --help prints the
+    settings in scope, by default those of main's module."""
+    if sys.stdout:  # not closed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; training has its own
+    try:
+        if {"--help", "-h"} & set(sys.argv):
+            return print_help(scope or main.__globals__, sys.argv[1:])
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:500] or type(error).__name__
+        if out_of_memory(error):
+            text += ("; shorter or fewer windows, a smaller model, --use_8bit_adam, "
+                     "--use_gradient_checkpointing need less")
+        elif isinstance(error, RuntimeError):
+            raise  # a bug: its traceback is wanted
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, UserError) else RunError.code)

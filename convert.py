@@ -8,53 +8,49 @@
 
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
-it; sample.py generates text with it. The method is told from here to main(); data, loading, saving
-and errors come after it.
+it; sample.py generates text with it. The method is told from here to main(); what supports it is in
+corpus.py, model_files.py, probe.py and machine.py, and, where it reads settings, after main().
 """
 import contextlib
 import copy
 import fcntl
 import functools
-import glob
 import hashlib
-import itertools
 import json
-import logging
 import math
 import os
-import re
-import resource
-import select
-import shlex
 import shutil
-import signal
 import sys
 import time
 import warnings
 import zlib
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
-import jinja2
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from configurator import UserError, check_value, configure, did_you_mean, print_help, settings_in
+from configurator import (
+    RunError, UserError, check_value, configure, errors_as, first_line, out_of_memory, run,
+    settings_in)
+from corpus import ar_continue, encode_prompt, left_out, opening, read_corpus, tokenise
+from machine import (
+    checkpoint_layers, leave, limit_memory, memory_gb, pick_autocast, pick_device, stop_on_signal,
+    try_flex_attention)
+from model_files import (
+    base_dtype, checkpoints, is_intact, load_base, load_hf, our_tensors, recover, reference,
+    resolve_model, save_folder)
+from probe import decoder_layers, probe, rounding
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -629,11 +625,6 @@ def attention_modules(module):
     return [(k, m) for k, m in module.named_modules() if type(m).__name__.endswith("Attention")]
 
 
-def decoder_layers(lm):
-    """The layers of a decoder: its first ModuleList."""
-    return next(m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList))
-
-
 def sinusoid(u):
     """u (B, n) in 0..1 -> (B, n, 256) sines and cosines (https://arxiv.org/abs/1706.03762, 3.5)."""
     frequencies = torch.exp(torch.arange(128, device=u.device) * (-math.log(10000) / 128))
@@ -1130,55 +1121,6 @@ def main(argv):
 
 # ----------------------------------------------------------------------------------------------
 # From here on: plumbing, to be read when needed. First the machine
-def pick_device(name):
-    """The torch.device of a name, "auto" being the best there is; UserError if it is not there."""
-    n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if n_cuda else "mps" if mps else "cpu"
-    with errors_as(f"device: '{name}' is not there; torch {torch.__version__} for CUDA "
-                   f"{torch.version.cuda} sees {n_cuda} CUDA devices, mps: {mps}"):
-        if torch.device(name).type not in ("cuda", "mps", "cpu"):
-            raise ValueError("only cuda, mps and cpu will do")
-        found = torch.zeros(1, device=name).device
-    if found.type == "cuda":
-        torch.cuda.set_device(found)  # kernels of other libraries run on the current one
-    return found
-
-
-def pick_autocast(device, name, cache=True):
-    """The autocast context of a dtype. cache: keep cast weights; training would hold them all."""
-    if device.type == "cpu" and name == "float16":
-        name = "float32"
-        print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
-    enabled = name != "float32"
-    return torch.autocast(device.type, getattr(torch, name), enabled=enabled, cache_enabled=cache)
-
-
-def memory_gb(device):
-    """(this process's peak, on a CPU its resident set; the device's own memory), in GB."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif device.type == "mps":
-        peak, total = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        status = Path("/proc/self/status")  # Linux, whose ru_maxrss begins at the parent's
-        if status.exists() and (own := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
-            peak = int(own[1]) * 1024
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return peak / 1e9, total / 1e9
-
-
-def limit_memory(device, wanted):
-    """How much memory the run may use, in GB: wanted, a cap on CUDA; 0: the device's less 3."""
-    total = memory_gb(device)[1]
-    if device.type == "cuda" and wanted:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / total), device)
-    return wanted or max(total - 3, total / 2)
-
-
 def set_up_device():
     """(device, autocast, memory limit in GB) from the settings."""
     found = pick_device(device)
@@ -1189,58 +1131,6 @@ def set_up_device():
     limit_gb = limit_memory(found, max_memory_gb)
     print(f"device: {found}, {autocast.fast_dtype}, {limit_gb:.1f} GB")
     return found, autocast, limit_gb
-
-
-def check_length(model, length):
-    """UserError if windows are longer than the model has positions."""
-    if length > model.max_positions:
-        raise UserError(f"max_seq_length: {length}, but the model has {model.max_positions} "
-                        "positions")
-
-
-def checkpoint_layers(model):
-    """Switch on gradient checkpointing, or print that the architecture has none."""
-    if model.lm.supports_gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        print("use_gradient_checkpointing: this architecture has none, so without")
-
-
-def try_flex_attention(model, length, autocast):
-    """Give blocks flex_attention, if forward and backward run on this device, in windows of this
-    length, and equal those of a mask tensor; else print why not: some head sizes need more shared
-    memory than a card has."""
-    n_blocks = max(1, min(length, 512) // model.block_size)
-    x0 = torch.arange(2 * n_blocks * model.block_size, device=model.device).view(2, -1)
-    x0 = x0 % model.mask_id
-    ids = torch.cat([x0, torch.where(x0 % 2 == 1, model.mask_id, x0)], 1)
-    t = torch.ones(2, 2 * n_blocks, device=model.device)
-    model.requires_grad_(False)
-    model.mask_embedding.requires_grad_(True)
-
-    def states_and_gradient(kernel):
-        torch.manual_seed(0)  # the same dropout in both
-        model.zero_grad()
-        with model.attention(kernel):
-            with autocast:
-                states = model.hidden_of_blocks(ids, t)[1]
-            states.float()[..., ::2].mean().backward()  # checkpointing re-runs the layers
-        return states.detach(), model.mask_embedding.grad
-
-    try:
-        if 2 * length < 128:  # both copies
-            raise UserError("it is made for windows of 64 tokens or more")
-        expected = states_and_gradient(model.kernel)
-        with errors_as("it does not run here", trial=True):
-            found = states_and_gradient("flex_attention")
-        exact = autocast.fast_dtype == expected[0].dtype == torch.float32
-        for x, y in zip(expected, found, strict=True):
-            if not (x - y).norm() < (1e-3 if exact else 0.1) * x.norm():
-                raise UserError("its results differ")
-        model.lm.set_attn_implementation("flex_attention")
-    except UserError as error:
-        print(f"block_size: no flex_attention, but a mask tensor: {error}")
-    model.zero_grad()
 
 
 def set_up_model(model, checkpointing, autocast):
@@ -1302,148 +1192,6 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(model.device)
-
-
-def stop_on_signal():
-    """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
-    warning. A second Ctrl-C or SIGTERM ends the process at once."""
-    stop = []
-
-    def handler(number, frame):
-        if stop and number in (signal.SIGINT, signal.SIGTERM):
-            sys.exit(128 + number)
-        stop.append(number)
-        time.sleep(0.1)  # a closed terminal or Ctrl-C also ends the tee or less that reads us
-        outputs = select.poll()
-        for fd in (1, 2):
-            outputs.register(fd, 0)
-        for fd, _ in outputs.poll(0):  # nobody reads it any more, and writing to it would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, handler)
-    return stop
-
-
-def leave(stop):
-    """End the process after a signal, and print how to continue."""
-    once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
-    again = [arg for arg in sys.argv if not arg.startswith(once)]
-    tqdm.write(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
-    sys.exit(128 + stop[0])
-
-
-# ----------------------------------------------------------------------------------------------
-# The probe: no table of families. What attention does is measured on the model at hand.
-@torch.no_grad()
-def probe(model, max_seq_length):
-    """How far position 0's hidden state moves, relative to the largest, if the last token changes:
-    (when causal, when bidirectional). UserError if the model is not causal, or cannot be switched,
-    or has too few positions."""
-    check_length(model, max_seq_length)
-    length = min(max_seq_length, max(8, (model.window or 0) + 2))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.mask_id, (1, length), generator=generator).to(model.device)
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % model.mask_id
-    kind, training, moved = model.lm.config.model_type, model.training, {}
-    model.eval()  # dropout would move everything
-    for causal in (None, False, True):  # None, as loaded: an encoder must not pass for a decoder
-        if causal is not None:
-            model.set_causal(causal)
-        with errors_as(f"architecture '{kind}' does not run from embeddings alone"):
-            a, b = (model.hidden(x, None)[1][0] for x in (ids, changed))  # (T, C)
-            model(torch.full_like(ids, model.mask_id), t=ids[:, :1], rows=0 * ids[0, :1])  # masks
-        moved[causal] = ((a[0] - b[0]).abs().max() / a.abs().max()).item()
-    if not max(moved[None], moved[True]) < 1e-4:
-        raise UserError(f"architecture '{kind}' is no AR decoder: position 0 sees the last token")
-    if model.bidirectional and not moved[False] > 10 * moved[True] + 1e-6:
-        raise UserError(f"architecture '{kind}' cannot be made bidirectional, its attention stays "
-                        "causal; --use_bidirectional_attention=false trains it as it is")
-    probe_logits(model, ids[:, :8])
-    if model.block_size:
-        probe_blocks(model, ids, a)  # of the last pass, the causal one
-    if model.bidirectional:
-        with errors_as(f"architecture '{kind}' does not run layer by layer"):
-            turned = turned_layers(model, ids)
-        if not all(turned):
-            print(f"probe: in {sum(turned)} of {len(turned)} layers position 0 can see the last "
-                  "token, the others stay left-to-right")
-    model.train(training)
-    return moved[True], moved[False]
-
-
-def rounding(dtype):
-    """How far results may be off, relative to the largest: sums of another order differ in the last
-    bits, of which bfloat16 has 8."""
-    return 1e-4 if dtype == torch.float32 else 0.05
-
-
-def probe_logits(model, ids):
-    """Check that embeddings, decoder and gathered head give the logits that the Hugging Face model
-    gives for ids (1, T), all of them and some. Else UserError: there are families whose layers look
-    ids up once more, or that have no decoder of their own."""
-    model.set_causal(True)
-    rows = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
-    with errors_as(f"architecture '{model.lm.config.model_type}' does not run in parts"):
-        expected = model.lm(input_ids=ids, use_cache=False).logits[0]  # (T, V)
-        for found, wanted in ((model(ids)[0], expected), (model(ids, None, rows), expected[rows])):
-            off = (found - wanted).abs().max() / wanted.abs().max()
-            if not off < rounding(wanted.dtype):
-                raise ValueError(f"logits from embeddings are off by {off:.0e} of those from ids")
-
-
-def turned_layers(model, ids):
-    """For each layer of the bidirectional decoder, whether its output at position 0 depends on its
-    own input at the last position: recurrent layers and convolutions stay causal."""
-    turned = []
-
-    def run_again(layer, args, kwargs, output):
-        first = output[0] if isinstance(output, tuple) else output  # (1, T, C)
-        states, *args = args or [kwargs.pop("hidden_states")]
-        changed = states.clone()
-        changed[:, -1] *= -1
-        again = layer.forward(changed, *args, **kwargs)
-        again = again[0] if isinstance(again, tuple) else again
-        moved = (first[:, 0] - again[:, 0]).abs().max() / first.abs().max()
-        turned.append(moved.item() > 1e-6)
-
-    hooks = [layer.register_forward_hook(run_again, with_kwargs=True)
-             for layer in decoder_layers(model.lm)]
-    try:
-        model.set_causal(False)
-        model.hidden(ids, None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return turned
-
-
-def probe_blocks(model, ids, expected):
-    """Check [clean | noisy] in one pass, in blocks of one token and without masks: both copies must
-    have the hidden states (T, C) of the causal model, past a sliding window too, and the clean copy
-    even with adapters that act. Two rows: some families want a mask each. Else UserError."""
-    kind, T = model.lm.config.model_type, ids.shape[1]
-    weights = [m.lora_B["default"].weight for _, _, m in model.adapters]
-    saved = [p.detach().clone() for p in weights]
-    block_size, model.block_size = model.block_size, 1
-    checks = [("block_size", 0.0, 2 * T, "--block_size=0 works")]
-    if model.adapters:
-        checks.append(("use_lora", 1.0, T, "try --lora_targets=attention"))
-    for setting, fill, n_rows, advice in checks:
-        for p in weights:
-            p.data.fill_(fill)
-        with errors_as(f"{setting}: architecture '{kind}' does not take it"):
-            states = model.hidden_of_blocks(ids.repeat(2, 2), ids.new_zeros(2, 2))[1][0]
-        for p, old in zip(weights, saved, strict=True):
-            p.data.copy_(old)
-        off = (states - expected.repeat(2, 1))[:n_rows].abs().max() / expected.abs().max()
-        if not off < rounding(expected.dtype):  # NaN fails, too
-            raise UserError(f"{setting}: architecture '{kind}' cannot keep its clean copy apart, "
-                            f"it is off by {off:.0e}; {advice}")
-    model.block_size = block_size
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1559,87 +1307,6 @@ def log_step(loss, norm, lr, seconds, stage, state, log, device):
 
 # ----------------------------------------------------------------------------------------------
 # Checkpoints
-def checksums(folder):
-    """The lines of SHA256SUMS for the files of a folder, as sha256sum writes and checks them."""
-    lines = set()
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != "SHA256SUMS":
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.add(f"{digest}  {path.relative_to(folder)}")
-    return lines
-
-
-def is_intact(folder):
-    """Whether a checkpoint still holds all that was saved in it; other files do not matter."""
-    try:
-        saved = (folder / "SHA256SUMS").read_text().splitlines()
-    except (OSError, ValueError):  # gone, or not text
-        return False
-    return (folder / "training.pt").exists() and checksums(folder).issuperset(saved)
-
-
-def save_folder(path, model, tokenizer, record, training=None):
-    """Save a plain Hugging Face folder, with what is ours beside it, entirely or not at all.
-
-    training: states of optimizer and scaler. A RunError leaves all earlier folders intact.
-    """
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with errors_as(f"cannot save {path} (earlier ones are intact)", RunError):
-            write_folder(temporary, model, tokenizer, record, training)
-            for p in (*temporary.rglob("*"), temporary):
-                sync(p)  # on the disk before it gets its name
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-            sync(path.parent)  # which holds the name
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path):
-    """Wait until a file or the names in a folder are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def recover(out):
-    """Undo what a kill inside save_folder() left behind: the folder that was being replaced gets
-    its name back, if the new one does not have it yet."""
-    for old in (*out.glob(".checkpoint_*.old"), *out.glob(".final.old")):
-        path = out / old.name[1:].removesuffix(".old")
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, path)
-
-
-def write_folder(folder, model, tokenizer, record, training):
-    """Write the files of save_folder()."""
-    folder.mkdir(parents=True)
-    if not model.base:
-        with model.original_model() as lm:
-            lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for file, tensors in our_tensors(model).items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
-    if model.adapters:
-        if model.base:
-            model.lora_config.base_model_name_or_path = model.base["name"]
-        model.lora_config.save_pretrained(folder / "adapter")
-    record = record | {"base": model.base}
-    (folder / "diffusion.json").write_text(json.dumps(record, indent=1))
-    if training:
-        torch.save(training, folder / "training.pt")
-    (folder / "SHA256SUMS").write_text("\n".join(sorted(checksums(folder))) + "\n")
-
-
 def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
     """Save a checkpoint, or final/ without training {"optimizer", "scaler"}; remove old ones."""
     state["log_bytes"] = log["file"].tell()
@@ -1665,12 +1332,6 @@ def try_to_save(model, out, checkpoint_dir):
             lm.save_pretrained(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def checkpoints(out):
-    """The checkpoints of a run, newest first."""
-    found = [p for p in out.glob("checkpoint_*") if p.name[11:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
 def new_state():
@@ -1746,489 +1407,6 @@ def check_disk(model, out):
 
 # ----------------------------------------------------------------------------------------------
 # Data: tokenised once, into windows that each epoch visits once in an order of its own
-SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
-
-
-def find_files(name, kinds):
-    """({split: files} of a file or folder, the kind they all are of): a file's split is in its name
-    or else in that of its folder, as train-00000-of-00001 or validation/, else it is train."""
-    path = Path(name)
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in kinds and p.name[0] != "."
-                       and p.name != "dataset_infos.json")  # a hub clone has it beside its data
-    found = sorted({p.suffix for p in files})
-    if len({kinds.get(suffix) for suffix in found}) != 1 or found[0] not in kinds:
-        examples = [next(p.name for p in files if p.suffix == suffix) for suffix in found]
-        there = f", it has {' and '.join(examples)}" if examples else ""
-        raise UserError(f"dataset_name: '{name}' must be a file or a folder of files, all "
-                        + " or ".join(kinds) + there)
-    files = [file for file in files if file.stat().st_size]
-    if not files:
-        raise UserError(f"dataset_name: '{name}' holds no text")
-    splits = {}
-    for file in files:
-        inside = file.relative_to(path).parts if path.is_dir() else ()
-        shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", "/".join(inside))
-        words = [re.search(SPLIT_WORD, part.lower()) for part in reversed(inside)]
-        word = next(filter(None, words), None)
-        split = shard[1] if shard else word[1] if word else "train"
-        splits.setdefault(split, []).append(file)
-    if not any("train" in re.findall(SPLIT_WORD, split.lower()) for split in splits):
-        print(f"data: no file has train in its name, so it is all trained on: {', '.join(splits)}")
-        splits = {"train": files}
-    return splits, kinds[found[0]]
-
-
-def choose_splits(name, split, splits):
-    """Of {split: data}: (what is trained on, its validation split or None). The others are left
-    alone, with a line that says so. UserError if there is no such split."""
-    if split not in splits:
-        raise UserError(f"dataset_split: '{name}' has no '{split}', it has {', '.join(splits)}"
-                        + did_you_mean(split, splits))
-    words = "validation", "valid", "val", "dev"  # train_sft goes with validation_sft
-    held = [split.replace("train", word) if "train" in split else word for word in words]
-    held = [word for word in held if word in splits and word != split][:1]
-    others = [word for word in splits if word not in (split, *held)]
-    if others:
-        print(f"data: splits left alone: {', '.join(others)}")
-    return splits[split], splits[held[0]] if held else None
-
-
-def load_splits(name, config, split, cache):
-    """(Training data set, validation data set or None, the kind of its files) of a hub name, a
-    file, a folder of files, or one of save_to_disk()."""
-    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
-             ".parquet": "parquet"}
-    path = Path(name)
-    local = path.exists() or path.suffix in kinds or name[:1] in (".", "/")
-    if local and not path.exists():
-        raise UserError(f"dataset_name: there is no '{name}'")
-    import datasets  # slow to import
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    if saved or not local:
-        with errors_as(f"dataset_name: '{name}' cannot be loaded"):
-            splits = (datasets.load_from_disk(name) if saved else
-                      datasets.load_dataset(name, config or None))
-        splits = splits if isinstance(splits, dict) else {"train": splits}
-        return *choose_splits(name, split, splits), None
-
-    files, kind = find_files(name, kinds)
-    what = {"path": kind, "split": "train", "cache_dir": f"{cache}/datasets"}
-    if kind != "parquet":
-        what["encoding"] = "utf-8-sig"  # a byte order mark is no text
-    if kind == "text":
-        what["sample_by"] = "document"
-        if max(map(len, files.values())) == 1:  # or a large file would be in memory as a whole
-            kind = "lines"
-            what |= {"sample_by": "line", "keep_linebreaks": True}
-    parts = choose_splits(name, split, files)
-    with errors_as(f"dataset_name: '{name}' cannot be loaded"):  # each alone: columns may differ
-        train, held = (part and datasets.load_dataset(
-            **what, data_files=[glob.escape(str(p.absolute())) for p in part]) for part in parts)
-    return train, held, kind
-
-
-def read_corpus(name, config, split, column, cache, answered=False):
-    """{train, held: texts, held None without a validation split; lines: how many texts make up a
-    document; chat: whether texts are conversations, as JSON; key: changes with the data}.
-
-    answered: prompts alone will do, as the model answers them. UserError if there is no text.
-    """
-    if name == "pydoc":  # 450 KB of English prose in the standard library, less its indentation
-        from pydoc_data.topics import topics
-        texts = [re.sub(" {2,}", " ", text) for text in topics.values()]
-        return {"train": texts, "held": None, "lines": 1, "chat": False, "key": sys.version}
-    train, held, kind = load_splits(name, config, split, cache)
-    has = train.column_names
-    if kind in ("text", "lines"):
-        column = "text"
-    asks = {"messages", "conversations", "prompt"}
-    chat = column not in has and bool(asks & set(has))
-    if not chat and column not in has:
-        raise UserError(f"text_column: '{name}' has no '{column}', it has {', '.join(has)}"
-                        + did_you_mean(column, has))
-    if kind == "json" and len(train) == 1:
-        raise UserError(f"dataset_name: '{name}' is one row; write one JSON object a line, or a "
-                        "list of objects")
-    wanted = sorted((asks | {"response", "completion"}) & set(has)) if chat else [column]
-    if held is not None and not set(wanted) <= set(held.column_names):
-        print(f"data: the validation split is left alone, as it has no {' and '.join(wanted)}")
-        held = None
-    corpus = {"held": None, "lines": 1, "chat": chat, "key": [column, chat and answered]}
-    for part, table in {"train": train, "held": held}.items():
-        if table is not None:
-            corpus[part] = conversations(table, name, answered) if chat else text_of(table, column)
-            corpus["key"].append(table._fingerprint)
-    head = [text or "" for text in corpus["train"][:1000]]
-    if not any(head) and len(head) == len(corpus["train"]):
-        raise UserError(f"text_column: '{column}' of '{name}' holds no text")
-    if kind == "lines" and len(corpus["train"]) < 1000:
-        corpus["train"] = re.findall(r"[^\n]{1,2000}\n*|\n+", "".join(head))
-    if kind != "text" and not chat:
-        corpus["lines"] = lines_per_document(corpus["train"], head, kind)
-    return corpus
-
-
-def text_of(table, column):
-    """A column of a data set. UserError if it is of another type than text."""
-    feature = table.features[column]
-    if getattr(feature, "dtype", "") not in ("string", "large_string", "string_view", "null"):
-        raise UserError(f"text_column: '{column}' holds {feature}, not text")
-    return table[column]
-
-
-def lines_per_document(texts, head, kind):
-    """How many texts make up a document: 1, unless they are lines of one text."""
-    if kind == "lines":  # a few lines each, so that some can be held out
-        return max(2, min(256, len(texts) // 50))
-    n_lines = sum(not text or text.find("\n") == len(text) - 1 for text in head)
-    return 256 if n_lines > 0.98 * len(head) else 1  # as in wikitext
-
-
-def conversations(table, name, answered):
-    """The rows of a data set as JSON: {messages, complete: whether the last one is the answer}.
-
-    Prompts without answers are a UserError unless the model will answer them.
-    """
-    has = set(table.column_names)
-    for column in ("messages", "conversations"):
-        if column in has:
-            return [json.dumps({"messages": rows, "complete": True}, default=not_text)
-                    for rows in table[column]]
-    column = next((c for c in ("response", "completion") if c in has), None)
-    if not column and not answered:
-        raise UserError(f"dataset_name: '{name}' has prompts but no response or completion, it has "
-                        f"{', '.join(table.column_names)}; with --use_lora --on_policy_tokens=... "
-                        "the model answers them itself")
-    if column and answered:
-        print(f"on_policy_tokens: the model answers the prompts itself, '{column}' is not used")
-    answers = table[column] if column and not answered else [""] * len(table)
-    rows = []
-    for prompt, answer in zip(table["prompt"], answers, strict=True):
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        if not isinstance(answer, list):
-            answer = [{"role": "assistant", "content": answer}]
-        row = {"messages": [*messages, *answer], "complete": not answered}
-        rows.append(json.dumps(row, default=not_text))
-    return rows
-
-
-def not_text(value):
-    """What stands for a date, say, in the JSON of a row: plain_messages() refuses it as content."""
-    return {"type": type(value).__name__}
-
-
-def plain_messages(messages):
-    """Messages as [{role, content: a text}], whatever their data set calls these, and further keys
-    as they are. ValueError for what is no text."""
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-             "chatbot": "assistant", "ai": "assistant"}
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("a conversation must be a list of messages")
-    plain = []
-    for message in messages:
-        role = str(message.get("role") or message.get("from") or "").lower()
-        content = message.get("content")
-        if content is None:
-            content = message.get("value")
-        parts = content if isinstance(content, list) else ["" if content is None else content]
-        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the content of a message is no text: {json.dumps(content)[:80]}")
-        if not role:
-            raise ValueError("a message has no role")
-        plain.append(message | {"role": roles.get(role, role), "content": "".join(texts)})
-    return plain
-
-
-def chat_pieces(tokenizer, row):
-    """The texts that a conversation teaches, as lists of (text, whether the assistant says it).
-
-    One text, unless the template rewrites earlier turns as the conversation grows, as some do with
-    their thinking: then a text for each answer.
-    """
-    messages, texts = plain_messages(row["messages"]), []
-    before = None  # the text so far
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    for i, message in enumerate(messages):
-        answers = message["role"] == "assistant" and i > 0  # nothing asks for a first message
-        if not answers or row["complete"] and not message["content"].strip():
-            continue
-        asked, after = write(messages[:i], add_generation_prompt=True), write(messages[:i + 1])
-        if not after.startswith(asked):  # some ask with more than they show in the end
-            asked = os.path.commonprefix([asked, after])
-            if len(asked) < len(write(messages[:i])):
-                raise ValueError("the template rewrites what was asked")
-        if before is None or not asked.startswith(before):
-            texts.append([])
-            before = ""
-        texts[-1] += [(asked[len(before):], False), (after[len(asked):], True)]
-        before = after
-    if not texts:
-        raise ValueError("no answer in it")
-    return texts
-
-
-def encode_pieces(tokenizer, pieces):
-    """The ids of a text in pieces, ~id for all but what the assistant says."""
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    ids, text = [], ""
-    for piece, said in pieces:
-        text += piece
-        plain = [max(x, ~x) for x in ids]
-        whole = encode(text)
-        # a tokenizer may merge over the border: but a prompt ends there when the model is asked
-        new = whole[len(plain):] if whole[:len(plain)] == plain else encode(piece)
-        ids += new if said else [~x for x in new]
-    return ids
-
-
-def fill_up(ids, end, block, length, finished=True):
-    """A window with ids, filled up with ends of text.
-
-    Those in the last block of a finished text are to be learned: as context, which the model sees,
-    they would tell it how long the text is. All others are context.
-    """
-    if finished and end is not None:
-        ids = [*ids, *[end] * (-len(ids) % block)]
-    return ids + [~(end or 0)] * (length - len(ids))
-
-
-def encode_chat(tokenizer, text, length, block):
-    """The ids of a conversation in whole windows, ~id for all but what the assistant says."""
-    end, windows = tokenizer.eos_token_id, []
-    for pieces in chat_pieces(tokenizer, json.loads(text)):
-        ids = encode_pieces(tokenizer, pieces)
-        if end is not None and end not in ids[-3:]:  # the template may write it, and a newline
-            ids.append(end)
-        start = [x for x in ids[:1] if ~x == tokenizer.bos_token_id]  # opens further windows, too
-        while ids:
-            window, ids = ids[:length], ids[length:]
-            if max(window[1:], default=-1) >= 0:  # nothing predicts the first
-                windows += fill_up(window, end, block or length, length)
-            ids = ids and start + ids
-    return windows
-
-
-def opening(tokenizer):
-    """[BOS] where the tokenizer opens a text with it, else []. A model that was trained behind a
-    BOS reads badly without, so every window and prompt starts with it, as context."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def end_ids(lm, tokenizer):
-    """All that ends a text: the tokenizer's end of text, and the ends of generation_config, which
-    are ends of turns as well. UserError if these are no ids."""
-    ends = np.atleast_1d(lm.generation_config.eos_token_id).tolist()
-    if not all(isinstance(end, int | None) for end in ends):
-        raise UserError(f"model_name: '{lm.name_or_path}', generation_config.json: eos_token_id "
-                        f"must be ids, not {lm.generation_config.eos_token_id!r}")
-    return sorted({tokenizer.eos_token_id, *ends} - {None})
-
-
-def end_of(ids, ends):
-    """Where the first of `ends` stands in ids, or how many ids there are."""
-    return next((i for i, token in enumerate(ids) if token in ends), len(ids))
-
-
-def encode_prompt(model, tokenizer, prompt, new_tokens, start=None):
-    """The ids of a prompt behind start, by default BOS; an empty one starts a document, after BOS
-    or an end of text. UserError if it and new_tokens more, in whole blocks, exceed the model's
-    positions."""
-    ids = opening(tokenizer) if start is None else start
-    ids = ids + tokenizer.encode(prompt, add_special_tokens=False)
-    ids = ids or [tokenizer.eos_token_id or 0]
-    block = model.block_size or 1
-    length = len(ids) + math.ceil(new_tokens / block) * block
-    if length > model.max_positions:
-        raise UserError(f"the prompt and what follows have {length} tokens, the model has "
-                        f"{model.max_positions} positions")
-    return ids
-
-
-def make_encoder(tokenizer, sample):
-    """encode(text) -> ids: by tiktoken, which is faster, where it gives the same ids on samples."""
-    def slow(text):
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    bpe, split = backend.get("model", {}), backend.get("pre_tokenizer") or {}
-    steps = split.get("pretokenizers", [split])
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    byte_level = bpe.get("type") == "BPE" and steps[-1].get("type") == "ByteLevel"
-    if not byte_level or backend["normalizer"] or not set(byte_of) <= set(bpe["vocab"]):
-        return slow  # tiktoken panics at a byte that the vocabulary lacks
-    patterns = [step["pattern"]["Regex"] for step in steps if "Regex" in step.get("pattern", {})]
-    if steps[-1].get("use_regex", True):  # GPT-2's
-        patterns = [r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"]
-    import tiktoken
-    merged = [a + b for a, b in bpe["merges"]]
-    tokens = [x for x in dict.fromkeys((*byte_of, *merged)) if x in bpe["vocab"]]  # by rank
-    ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
-    id_of = np.array([bpe["vocab"][token] for token in tokens])
-    added = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
-    fast_bpe = tiktoken.Encoding("same", pat_str=(patterns or [r"[\s\S]+"])[0],
-                                 mergeable_ranks=ranks, special_tokens={})
-
-    def fast(text):
-        if added.search(text):
-            return slow(text)
-        return id_of[fast_bpe.encode_to_numpy(text, disallowed_special=())]
-
-    odd = "x  12 3\t\n\n 34.5 \u00e9t\u00e9 \u65e5\U0001f642's I'LL don't\r\n (a) _b "
-    if all(np.array_equal(fast(text), slow(text)) for text in (*sample, odd)):
-        return fast
-    print("tokenizer: tiktoken would give other ids, so the tokenizer itself is used; it is slower")
-    return slow
-
-
-def substrings(text):
-    """All strings of 64 bytes in a text: how many two texts share says how much is copied."""
-    text = text.encode(errors="replace")
-    return [text[i:i + 64] for i in range(max(1, len(text) - 63))]
-
-
-def common_strings(n_documents, documents, n_held):
-    """Strings of held-out text that many documents share, as an instruction, a licence or JSON
-    keys. n_documents: how many of the n_held held-out documents have each; documents: some more."""
-    counts = Counter(n_documents)
-    for text in documents:  # without the strings that only they have
-        counts.update(n_documents.keys() & set(substrings(text)))
-        n_held += 1
-    many = max(3, n_held // 100)
-    return {string for string, count in counts.items() if count >= many}
-
-
-def documents(texts, lines, order):
-    """The documents (number, text) of so many lines each, in this order."""
-    for i in map(int, order):
-        yield i, "".join(text or "" for text in texts[i * lines:(i + 1) * lines])
-
-
-def split_corpus(corpus, length, split_seed, report):
-    """Generators of (held-out documents, training documents), both (number, text) in a seeded
-    order; the first must be read first.
-
-    Held out is the validation split, else a seeded 5 % of the documents. Training leaves out a
-    document if a tenth of it stands in held-out text, or 1 % of held-out text in it. Text that many
-    documents share does not count, but a document with nothing else is left out too.
-    """
-    rows, lines = corpus["train"], corpus["lines"]
-    held_rows = corpus["held"] or rows
-    held_out, seen = set(), set()  # documents; strings of held-out text that are in training too
-    n_documents = Counter()  # how many held-out documents have a string
-    n = math.ceil(len(rows) / lines)
-    order = np.random.default_rng(split_seed).permutation(n)
-
-    def held_documents():
-        n_characters, of_training = 0, held_rows is rows
-        held_order = order if of_training else range(math.ceil(len(held_rows) / lines))
-        for i, text in documents(held_rows, lines, held_order):
-            if of_training and len(held_out) >= max(1, n // 20) and n_characters > 8 * length:
-                return
-            n_characters += len(text)
-            held_out.add(i)
-            if text:
-                n_documents.update(set(substrings(text)))
-                yield i, text
-
-    def train_documents():
-        rest = order[len(held_out):] if held_rows is rows else order
-        some = (text for _, text in documents(rows, lines, rest[:200]))
-        common = common_strings(n_documents, some, len(held_out))
-        for i, text in documents(rows, lines, rest):
-            if not text:
-                continue
-            own = [string for string in substrings(text) if string not in common]
-            shared = [string for string in own if string in n_documents]
-            copied = len(shared) > 0.1 * len(own) or len(set(shared)) > 0.01 * len(n_documents)
-            report["documents"] += 1
-            if copied or not own:
-                report["near_duplicates_left_out"] += 1
-                continue
-            seen.update(shared)
-            report["held_out_share_in_training"] = len(seen) / max(1, len(n_documents))
-            yield i, text
-
-    return held_documents(), train_documents()
-
-
-def make_windows(texts, encode, limit, length, start, end, report):
-    """Windows (n, length), limit of them at most, of the texts (number, text) one after the other,
-    each window behind start. Texts that cannot be encoded are counted in the report."""
-    body, rest = length - len(start), np.zeros(0, np.int64)
-    while limit and (batch := list(itertools.islice(texts, 64))):
-        found = [rest]
-        for number, text in batch:
-            try:
-                found += [encode(text), end]
-            except (ValueError, TypeError, jinja2.TemplateError) as error:  # of its template
-                report["refused"] += 1
-                report["first_refused"] = report["first_refused"] or [number + 1, first_line(error)]
-        ids = np.concatenate(found).astype(np.int64)
-        rest = ids[len(ids) // body * body:]
-        windows = ids[:len(ids) - len(rest)].reshape(-1, body)[:limit]
-        limit -= len(windows)
-        yield np.insert(windows, [0] * len(start), start, axis=1)
-
-
-def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split_seed, block):
-    """Write train.bin, held.bin and meta.json into folder, entirely or not at all."""
-    ids = tokenizer.get_vocab().values()
-    report = {"dtype": "uint16" if max(ids) < 2**16 else "uint32", "documents": 0,
-              "near_duplicates_left_out": 0, "held_out_share_in_training": 0.0, "refused": 0,
-              "first_refused": None, "crc32": 0}
-    if corpus["chat"]:
-        report["dtype"] = "int32"
-        encode, start = functools.partial(encode_chat, tokenizer, length=length, block=block), []
-    else:
-        encode = make_encoder(tokenizer, [text[:20000] for text in corpus["train"][:20] if text])
-        start = opening(tokenizer)
-    one_text = corpus["chat"] or corpus["lines"] > 1 or tokenizer.eos_token_id is None
-    end = [] if one_text else [tokenizer.eos_token_id]
-    documents = split_corpus(corpus, length, split_seed, report)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        limits = {"held": held_windows, "train": max_windows}
-        for (name, limit), texts in zip(limits.items(), documents, strict=True):
-            report[name] = 0
-            with (open(temporary / f"{name}.bin", "wb") as file, tqdm(
-                    total=limit, desc=name, unit="windows", disable=None, leave=False) as bar):
-                for windows in make_windows(texts, encode, limit, length, start, end, report):
-                    windows = windows.astype(report["dtype"])
-                    with errors_as(f"cache_dir: cannot write {file.name}", RunError):
-                        windows.tofile(file)
-                    report[name] += len(windows)
-                    report["crc32"] = zlib.crc32(windows, report["crc32"])
-                    bar.update(len(windows))
-            if not report[name]:
-                raise UserError(f"dataset_name: too little {name} text for a window of {length} "
-                                "tokens; add text, or lower max_seq_length; " + left_out(report))
-        (temporary / "meta.json").write_text(json.dumps(report))
-        if not folder.exists():  # else another run, started together with this one, was faster
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def left_out(report):
-    """What the data lost on the way to windows, and why."""
-    n, share = report["near_duplicates_left_out"], 0.0
-    if n:
-        share = n / report["documents"]
-    text = f"{n} near-duplicates of held-out text left out ({share:.0%} of the documents)"
-    if report["refused"]:
-        row, why = report["first_refused"]
-        text += f", {report['refused']} texts refused, the first in row {row}: {why}"
-    return text
-
-
 def load_data(tokenizer, state):
     """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
     answered = use_lora and on_policy_tokens > 0 and on_policy_share == 1
@@ -2277,33 +1455,6 @@ def get_batch(windows, size, seed, stage, step):
     return torch.from_numpy(windows[rows].astype(np.int64))
 
 
-def ar_continue(lm, windows, tokenizer, block, max_positions, n):
-    """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
-    in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
-    windows = windows[:n].astype(np.int64)
-    T, device = windows.shape[1], lm.get_input_embeddings().weight.device
-    eos, ends = tokenizer.eos_token_id, end_ids(lm, tokenizer)
-    lengths = [int((row >= 0).argmax()) for row in windows]
-    opened = len(opening(tokenizer))  # a window that goes on with an answer has no prompt but this
-    lengths = [n if n > opened else max(1, T // 4) for n in lengths]
-    P = max(lengths)
-    prompts = [np.maximum(row, ~row)[:n].tolist() for row, n in zip(windows, lengths, strict=True)]
-    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
-    attended = torch.tensor([[0] * (P - n) + [1] * n for n in lengths], device=device)
-
-    with torch.no_grad():
-        out = lm.generate(
-            ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
-            no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
-            eos_token_id=ends or None, pad_token_id=eos or 0)
-    new = []
-    for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
-        end = end_of(text, ends)
-        row = [*(~token for token in prompt), *text[:end + 1]][:T]
-        new.append(fill_up(row, eos, block or T, T, end < len(text)))
-    return np.array(new, np.int32)
-
-
 def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
     """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
     prompts from windows. They are also kept in out, to be continued there after a kill."""
@@ -2335,73 +1486,7 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
 
 
 # ----------------------------------------------------------------------------------------------
-# Loading, and errors: one line and an exit code for whatever goes wrong.
-class RunError(UserError):
-    """An error the user did not cause, as a full disk or a run that diverged: exit code 1."""
-    code = 1
-
-
-def out_of_memory(error):
-    """Whether an error of torch, on a GPU or a CPU, says that memory ran out."""
-    texts = "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return any(text in str(error) for text in texts)
-
-
-def first_line(error):
-    """The first line of a library's error, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
-@contextlib.contextmanager
-def errors_as(prefix, kind=UserError, trial=False):
-    """At the border to libraries: whatever they raise becomes a UserError that starts with prefix,
-    or a RunError.
-
-    The broad except is on purpose: broken files and odd models raise dozens of types. --debug
-    shows them, but not those of a trial, for which there is another way.
-    """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels not used here
-    for name in ("past_key_values", "gradient_checkpointing_enable", "is_gradient_checkpointing"):
-        warnings.filterwarnings("ignore", f".{name}. is deprecated", FutureWarning)
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error) or debug and not trial:
-            raise
-        if "while generating the dataset" in str(error):  # says nothing, but its cause does
-            error = error.__cause__ or error
-        advice = ""
-        if re.search(r"gated|private repo|\b40[13]\b", str(error)):
-            advice = " (accept its licence on its hub page, then hf auth login)"
-        raise kind(f"{prefix}: {first_line(error)}{advice}") from None
-
-
-def run(main, scope=None):
-    """Call main(argv); an error ends as one line on stderr and an exit code. --help prints the
-    settings in scope, by default those of main's module."""
-    if sys.stdout:  # not closed
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; training has its own
-    try:
-        if {"--help", "-h"} & set(sys.argv):
-            return print_help(scope or main.__globals__, sys.argv[1:])
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:500] or type(error).__name__
-        if out_of_memory(error):
-            text += ("; shorter or fewer windows, a smaller model, --use_8bit_adam, "
-                     "--use_gradient_checkpointing need less")
-        elif isinstance(error, RuntimeError):
-            raise  # a bug: its traceback is wanted
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(error.code if isinstance(error, UserError) else RunError.code)
-
-
+# Loading
 def model_settings():
     """The arguments of DiffusionLM after lm, from the settings."""
     lora = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout,
@@ -2409,155 +1494,6 @@ def model_settings():
     return {"num_timesteps": num_timesteps, "noise_schedule": noise_schedule,
             "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention,
             "block_size": block_size, "lora": lora if use_lora else None}
-
-
-def byte_tokenizer():
-    """A Hugging Face tokenizer of one token per byte, and an end of text: nothing to download."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-
-
-def resolve_model(name):
-    """(path, the arguments of from_pretrained()) of a hub name, a folder or a .gguf file. Code that
-    comes with a model is not run, nor is it asked for."""
-    path = Path(name)
-    local = path.exists() or name[:1] in ("", ".", "/") or name.count("/") > 1
-    if path.suffix == ".gguf":
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        return path, source | {"local_files_only": True, "trust_remote_code": False}
-    source = str(path) if local else name
-    return path, {"pretrained_model_name_or_path": source, "local_files_only": local,
-                  "trust_remote_code": False}
-
-
-def load_config(name, config_json="", tokenizer=None):
-    """A Hugging Face configuration, without weights; with config_json that one, for a tokenizer."""
-    with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
-                   f"model_name: '{name}' cannot be loaded"):
-        if not config_json:
-            return AutoConfig.from_pretrained(**resolve_model(name)[1])
-        config = {"pad_token_id": None}
-        if tokenizer:
-            config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-        return AutoConfig.for_model(**config | json.loads(config_json))
-
-
-def base_dtype(lora, device_type):
-    """The dtype of the weights: bfloat16 for a frozen base on CUDA, else float32."""
-    return torch.bfloat16 if lora and device_type == "cuda" else torch.float32
-
-
-def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
-    """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
-    path, where = resolve_model(name)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
-        return merge_adapter(name, tokenizer_name, weights_dtype)
-    if revision:
-        where["revision"] = revision
-    with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
-                   f"model_name: '{name}' cannot be loaded"):
-        if tokenizer_name == "bytes":
-            tokenizer = byte_tokenizer()
-        elif tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(**resolve_model(tokenizer_name)[1])
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-    if config_json:
-        config = load_config(name, config_json, tokenizer)
-    with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
-                   f"model_name: '{name}' cannot be loaded"):
-        if config_json:
-            lm = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
-        else:
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=weights_dtype, output_loading_info=True)
-            missing = sorted(report["missing_keys"] or report["mismatched_keys"])
-            if missing:
-                raise ValueError(f"it lacks weights: {missing[:3]}")
-    end_ids(lm, tokenizer)  # an error now, not after the training
-    if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
-        lm.hf_quantizer = None
-        del lm.config.quantization_config
-    if "quantization_config" in vars(lm.config):
-        raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
-    if "peft_config" in vars(lm):
-        raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
-                        "adds unasked; move its adapter_config.json away, or give the adapter a "
-                        "folder of its own")
-    vocab_size = lm.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
-                        f"has {vocab_size}: not the tokenizer of this model")
-    return lm, tokenizer
-
-
-def merge_adapter(name, tokenizer_name, weights_dtype):
-    """load_hf() of a folder of peft, merged into its base."""
-    from peft import PeftModel  # slow to import
-    with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
-        config = json.loads((Path(name) / "adapter_config.json").read_text())
-        base = str(config["base_model_name_or_path"])
-        if (Path(base) / "adapter_config.json").is_file():
-            raise ValueError(f"its base, '{base}', has an adapter too")
-    if not tokenizer_name and (Path(name) / "tokenizer_config.json").exists():
-        tokenizer_name = name
-    lm, tokenizer = load_hf(base, tokenizer_name, "", weights_dtype)
-    with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
-    print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
-    return lm, tokenizer
-
-
-def fingerprint(path):
-    """A hash of the size, and of 4 KB in about 256 places, of a model's configuration and of each
-    file of its weights."""
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else [*path.glob("config.json"), *files]:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as weights:
-            for place in range(0, size, max(4096, size // 256)):
-                weights.seek(place)
-                digest.update(weights.read(4096))
-    return digest.hexdigest()
-
-
-def our_tensors(model):
-    """{file: tensors by name} that a folder holds beside a plain Hugging Face model.
-
-    The adapter is not beside config.json, where transformers would load it unasked.
-    """
-    files = {"diffusion.safetensors": model.diffusion_state()}
-    if model.adapters:
-        files["adapter/adapter_model.safetensors"] = model.adapter_state()
-    return files
-
-
-def reference(name):
-    """Where a model that is not saved again is from: its path and a hash of its weights, or its hub
-    name and revision."""
-    path = Path(name).absolute()
-    if path.exists():
-        return {"name": str(path), "revision": None, "sha256": fingerprint(path)}
-    cached = try_to_load_from_cache(name, "config.json")  # in a folder named after its revision
-    revision = Path(cached).parent.name if isinstance(cached, str) else None
-    return {"name": name, "revision": revision, "sha256": None}
-
-
-def load_base(name, base, tokenizer_name, weights_dtype):
-    """load_hf() of the model that a result with adapters refers to. UserError if it has changed."""
-    of = f"model_name: '{name}' holds adapters for {base['name']}"
-    if base["sha256"] and not Path(base["name"]).exists():
-        raise UserError(f"{of}, which is not there any more")
-    if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
-        raise UserError(f"{of}, but the weights there are not those that it was trained on")
-    return load_hf(base["name"], tokenizer_name, "", weights_dtype, base["revision"])
 
 
 def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
@@ -2623,5 +1559,5 @@ def read_record(folder):
 
 
 if __name__ == "__main__":
-    from convert import main, run  # one copy of the module, whoever else imports it
+    from convert import main  # one copy of the module, whoever else imports it
     run(main)

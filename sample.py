@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure
+from configurator import UserError, configure, errors_as, first_line, run
 from convert import (
-    checkpoints, clean_meta, crop_cache, encode_prompt, end_ids, end_of, errors_as, first_line,
-    generate, load_model, logits_to_probs, new_cache, opening, pick_autocast, pick_device,
-    read_record, run, sample_token)
+    clean_meta, crop_cache, generate, load_model, logits_to_probs, new_cache, read_record,
+    sample_token)
+from corpus import encode_prompt, end_ids, end_of, opening
+from machine import pick_autocast, pick_device
+from model_files import checkpoints
 
 # --------------------------------------------------------------------------------------------------
 # text

@@ -43,6 +43,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import bench
 import configurator
 import convert
+import corpus
+import machine
+import model_files
+import probe
 import sample
 
 CPU = torch.device("cpu")
@@ -122,7 +126,7 @@ def save_final(folder, model=None, lora=None, **more):
             "lora": lora}
     record = {"model": ours | more, "max_seq_length": 48}
     record |= {"settings": {}, "state": {}, "versions": {}}
-    convert.save_folder(Path(folder).absolute(), model, convert.byte_tokenizer(), record)
+    model_files.save_folder(Path(folder).absolute(), model, model_files.byte_tokenizer(), record)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -349,7 +353,7 @@ def test_family(family):
     lm, ids, rows = random_lm(family), random_ids(2, 12), torch.tensor([0, 5, 11, 13, 23])
     expected, text = lm(ids).logits, greedy(lm, ids, 4)
     model = diffusion(lm)
-    causal, bidirectional = convert.probe(model, 64)
+    causal, bidirectional = probe.probe(model, 64)
     assert causal <= ROUNDING.get(family, 0) and bidirectional > 1e-4
 
     model.set_causal(False)
@@ -385,7 +389,7 @@ def test_family(family):
 def test_an_architecture_that_cannot_be_turned_is_refused_by_name(family, block_size, more):
     model = diffusion(random_lm(family, **more), block_size=block_size)
     with pytest.raises(configurator.UserError, match=family):
-        convert.probe(model, 64)
+        probe.probe(model, 64)
 
 
 def looks_ids_up_again(lm):
@@ -408,7 +412,7 @@ def test_a_model_whose_logits_are_not_those_of_its_parts_is_refused(change):
     lm = random_lm("llama")
     change(lm)
     with pytest.raises(configurator.UserError, match="architecture 'llama' does not run in parts"):
-        convert.probe(diffusion(lm), 64)
+        probe.probe(diffusion(lm), 64)
 
 
 def test_a_hybrid_says_how_many_of_its_layers_could_be_turned(capsys):
@@ -416,7 +420,7 @@ def test_a_hybrid_says_how_many_of_its_layers_could_be_turned(capsys):
               "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
               "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
     for family, more, said in (("qwen3_5_text", hybrid, "in 1 of 4 layers"), ("llama", {}, "")):
-        convert.probe(diffusion(random_lm(family, **more)), 64)
+        probe.probe(diffusion(random_lm(family, **more)), 64)
         assert (said in capsys.readouterr().out) and (said or not capsys.readouterr().out)
 
 
@@ -589,7 +593,7 @@ def test_blocks_of_family(family):
     text = ids[0].tolist()
     expected, expected_text = lm(ids).logits, greedy(lm, ids[:1], 16)[0].tolist()
     model = diffusion(random_lm(family, **more), block_size=4, lora=LORA)
-    convert.probe(model, 64)
+    probe.probe(model, 64)
     for p in model.adapter_state().values():
         torch.nn.init.normal_(p, std=0.3)  # so that adapters do something
 
@@ -723,7 +727,7 @@ def build(folder, name="a.jsonl", tokenizer=None, **settings):
         "cache_dir": str(folder / "cache"), "max_seq_length": 32, "max_train_samples": 10**6,
         "eval_samples": 8, "seed": 0}
     with mock.patch.multiple(convert, **defaults | settings):
-        return convert.load_data(tokenizer or convert.byte_tokenizer(), {"data": 0})
+        return convert.load_data(tokenizer or model_files.byte_tokenizer(), {"data": 0})
 
 
 def words(n, seed):
@@ -744,7 +748,7 @@ def write_rows(folder, texts, column="text"):
 def decode(windows):
     """The text of windows of bytes, context or not."""
     ids = np.asarray(windows).astype(int).ravel()
-    return convert.byte_tokenizer().decode(np.maximum(ids, ~ids))
+    return model_files.byte_tokenizer().decode(np.maximum(ids, ~ids))
 
 
 def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
@@ -754,7 +758,7 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
     train, held, report = build(tmp_path, text_column="body")
     found = [[text for text in decode(x).split("<|endoftext|>") if text in documents]
              for x in (train, held)]
-    encode = convert.byte_tokenizer().encode
+    encode = model_files.byte_tokenizer().encode
     expected = [token for text in found[0] for token in (*encode(text), 256)]
 
     assert len(found[0]) >= 36 and len(set(found[0])) == len(found[0])
@@ -765,7 +769,7 @@ def test_windows_are_the_hugging_face_ids_joined_by_eos(tmp_path):
 
 
 def chat_tokenizer():
-    tokenizer = convert.byte_tokenizer()
+    tokenizer = model_files.byte_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
@@ -830,12 +834,12 @@ IMAGE = [{"type": "image", "image": "x.png"}]
     ({"messages": "a"}, ValueError("list of messages"))])
 def test_a_conversation_is_read_as_text_in_each_of_its_forms(row, expected):
     tokenizer = chat_tokenizer()
-    [text] = convert.conversations(datasets.Dataset.from_list([row]), "a", False)
+    [text] = corpus.conversations(datasets.Dataset.from_list([row]), "a", False)
     if isinstance(expected, ValueError):
         with pytest.raises(ValueError, match=str(expected)):
-            convert.encode_chat(tokenizer, text, 64, 4)
+            corpus.encode_chat(tokenizer, text, 64, 4)
         return
-    ids = np.array(convert.encode_chat(tokenizer, text, 64, 4))
+    ids = np.array(corpus.encode_chat(tokenizer, text, 64, 4))
     assert len(ids) == 64
     scored, ends = ids[ids >= 0], ids == 256
     assert tokenizer.decode(scored[scored != 256]).strip("\n") == expected.strip("\n")
@@ -853,7 +857,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer():
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
     row = {"messages": [user("a"), said("one"), user("b"), said("two")], "complete": True}
     texts = [[part for part, is_said in pieces if is_said] for pieces in
-             convert.chat_pieces(tokenizer, row)]
+             corpus.chat_pieces(tokenizer, row)]
     assert texts == [["<think>one\n"], ["<think>two\n"]]
 
 
@@ -866,7 +870,7 @@ def test_what_a_template_refuses_is_left_out_and_counted_with_the_first_row(tmp_
                                + tokenizer.chat_template)
     write_rows(tmp_path, rows)
     report = build(tmp_path, tokenizer=tokenizer, max_seq_length=64)[2]
-    assert "1 texts refused, the first in row 8: no critics" in convert.left_out(report)
+    assert "1 texts refused, the first in row 8: no critics" in corpus.left_out(report)
     write_rows(tmp_path, [rows[7]] * 40)
     with pytest.raises(configurator.UserError, match="too little held text.*no critics"):
         build(tmp_path, tokenizer=tokenizer, max_seq_length=64)
@@ -882,7 +886,7 @@ def with_bos(tokenizer):
 
 def test_where_the_tokenizer_opens_a_text_with_bos_every_window_and_prompt_does(tmp_path):
     write_rows(tmp_path, many(40, 50))
-    tokenizer, plain = with_bos(convert.byte_tokenizer()), convert.byte_tokenizer()
+    tokenizer, plain = with_bos(model_files.byte_tokenizer()), model_files.byte_tokenizer()
     assert tokenizer("a")["input_ids"] == [257, *plain("a")["input_ids"]]
     train, held, _ = build(tmp_path, tokenizer=tokenizer)
     for windows in (train, held):
@@ -890,14 +894,14 @@ def test_where_the_tokenizer_opens_a_text_with_bos_every_window_and_prompt_does(
     assert decode(train[:, 1:])[:600] == decode(build(tmp_path)[0])[:600], "no text is lost"
 
     model = SimpleNamespace(block_size=0, max_positions=99)
-    assert convert.encode_prompt(model, tokenizer, "ab", 4) == tokenizer("ab")["input_ids"]
-    assert convert.encode_prompt(model, tokenizer, "", 4) == [257]
-    assert convert.encode_prompt(model, plain, "", 4) == [256]
+    assert corpus.encode_prompt(model, tokenizer, "ab", 4) == tokenizer("ab")["input_ids"]
+    assert corpus.encode_prompt(model, tokenizer, "", 4) == [257]
+    assert corpus.encode_prompt(model, plain, "", 4) == [256]
 
     chat = with_bos(chat_tokenizer())
     chat.chat_template = "<bos>" + chat.chat_template
     row = {"messages": [user("a"), said("hello " * 9)], "complete": True}
-    ids = np.array(convert.encode_chat(chat, json.dumps(row), 32, 0)).reshape(-1, 32)
+    ids = np.array(corpus.encode_chat(chat, json.dumps(row), 32, 0)).reshape(-1, 32)
     assert (ids[:, 0] == ~257).all() and (ids == ~257).sum() == len(ids) > 1
 
 
@@ -928,10 +932,10 @@ def test_prompts_alone_are_a_data_set_for_a_model_that_answers_them(tmp_path):
 
 
 def test_own_text_in_odd_windows():
-    lm, tokenizer = random_lm("llama", vocab_size=300), with_bos(convert.byte_tokenizer())
+    lm, tokenizer = random_lm("llama", vocab_size=300), with_bos(model_files.byte_tokenizer())
     goes_on = [~257, *range(3, 18)]  # an answer that began in the window before
     asked = [~257, *(~id for id in range(3, 14)), *range(14, 18)]
-    rows = convert.ar_continue(lm, np.array([goes_on, asked]), tokenizer, 0, 14, 2)
+    rows = corpus.ar_continue(lm, np.array([goes_on, asked]), tokenizer, 0, 14, 2)
     assert (rows[:, :4] == ~np.array([257, 3, 4, 5])).all(), "the first quarter is the prompt"
     assert (rows[0, 4:6] >= 0).all() and (rows[0, 6:] == ~256).all(), "no room for more"
 
@@ -939,12 +943,12 @@ def test_own_text_in_odd_windows():
 def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
     model = diffusion(random_lm("llama", vocab_size=300))
     windows = np.random.default_rng(0).integers(3, 99, (70, 16)).astype(np.uint16)
-    write = mock.Mock(side_effect=convert.ar_continue)
+    write = mock.Mock(side_effect=corpus.ar_continue)
     monkeypatch.setattr(convert, "ar_continue", write)
     monkeypatch.setattr(convert, "dtype", "float32")
 
     def own_text(tokens=500, stop=()):
-        tokenizer = convert.byte_tokenizer()
+        tokenizer = model_files.byte_tokenizer()
         return convert.on_policy_windows(model, tokenizer, windows, tokens, tmp_path, stop)
 
     whole = own_text()
@@ -993,7 +997,7 @@ def test_of_a_document_copied_many_times_no_copy_is_trained_on_when_one_is_held_
     write_rows(tmp_path, many(100, 60) + [words(60, 999)] * 50)
     train, held, report = build(tmp_path, eval_samples=1000)
     assert words(60, 999)[:64] in decode(held) and words(60, 999)[:64] not in decode(train)
-    assert "left out (" in convert.left_out(report) and report["near_duplicates_left_out"] > 40
+    assert "left out (" in corpus.left_out(report) and report["near_duplicates_left_out"] > 40
     write_rows(tmp_path, many(100, 60) + [""] * 50)
     assert build(tmp_path, eval_samples=1000)[2]["near_duplicates_left_out"] == 0, "empty rows"
 
@@ -1072,7 +1076,7 @@ def test_a_byte_order_mark_is_no_text_and_ids_take_the_type_of_the_largest(tmp_p
     lines = [words(12, i) for i in range(400)]
     (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
     (tmp_path / "b.csv").write_text("\ufefftext\n" + "\n".join(lines), "utf-8")
-    tokenizer = convert.byte_tokenizer()
+    tokenizer = model_files.byte_tokenizer()
     for name in ("a.txt", "b.csv"):
         train, held, _ = build(tmp_path, name, tokenizer=tokenizer)
         assert "\ufeff" not in decode(train) + decode(held) and train.dtype == np.uint16
@@ -1117,7 +1121,7 @@ def test_another_column_file_or_end_of_text_is_tokenised_anew(tmp_path):
         for column, start in (("text", text), ("other", "c"), ("text", text)):
             train = build(tmp_path, text_column=column)[0]
             assert decode(train).startswith(start)
-    other = convert.byte_tokenizer()
+    other = model_files.byte_tokenizer()
     other.eos_token = "!"
     build(tmp_path, tokenizer=other)
     folders = list((tmp_path / "cache").glob("tokens-*"))
@@ -1131,8 +1135,8 @@ def test_another_column_file_or_end_of_text_is_tokenised_anew(tmp_path):
 
 def test_no_more_is_tokenised_than_needed(tmp_path, monkeypatch):
     write_rows(tmp_path, many(2000, 60))
-    encode = mock.Mock(side_effect=convert.byte_tokenizer().encode)
-    monkeypatch.setattr(convert, "make_encoder", lambda *args: encode)
+    encode = mock.Mock(side_effect=model_files.byte_tokenizer().encode)
+    monkeypatch.setattr(corpus, "make_encoder", lambda *args: encode)
     train, held, _ = build(tmp_path, max_train_samples=20, eval_samples=3)
     assert train.shape == (20, 32) and held.shape == (3, 32) and encode.call_count <= 128
 
@@ -1182,7 +1186,7 @@ def test_tiktoken_gives_the_ids_of_the_tokenizer(kind):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
 
-    encode = convert.make_encoder(tokenizer, texts[:20])
+    encode = corpus.make_encoder(tokenizer, texts[:20])
 
     assert encode.__name__ == "fast" or kind == "digits"
     expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -1197,13 +1201,14 @@ def in_process(script, monkeypatch, tmp_path, capsys):
     handlers = [(s, signal.getsignal(s)) for s in (
         signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configurator, "show_library_errors", False)  # afterwards, too
 
     def call(*argv):
         vars(script).update(before)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
         capsys.readouterr()
         try:
-            convert.run(script.main)
+            configurator.run(script.main)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -1486,7 +1491,7 @@ def test_samples_are_written_with_weights_in_the_dtype_asked_for(run, sample_mai
 
 
 def test_auto_without_a_gpu_says_how_long_it_will_take(run):
-    if convert.pick_device("auto").type == "cpu":
+    if machine.pick_device("auto").type == "cpu":
         assert run("--device=auto").count("auto found no GPU; on this CPU the run takes 0.0") == 1
     assert "auto found" not in run("--out_dir=b")
 
@@ -1515,10 +1520,10 @@ def test_the_shipped_configs_are_valid_and_compose(convert_main, monkeypatch):
     monkeypatch.chdir(HERE)
     for name in ("tiny_block", "smollm2_lora", "phi2_block", "phi2_lora", "llama7b_lora"):
         assert batch(name) and convert.block_size == 4
-    for machine in ("single_a6000", "a4500"):
+    for card in ("single_a6000", "a4500"):
         for name in ("tiny", "gpt2", "phi2"):
-            assert batch(name) == batch(name, machine)
-        assert batch("smollm2", machine)  # more than the 4 windows of its step
+            assert batch(name) == batch(name, card)
+        assert batch("smollm2", card)  # more than the 4 windows of its step
 
 
 def script(*argv, code=0, cwd=None):
@@ -1552,8 +1557,10 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
 
 
 @cases("name, most_lines, most_bytes", [  # ceilings: each is to go down again
-    ("convert.py", 2627, 138000), ("sample.py", 392, 19600), ("bench.py", 752, 35600),
-    ("configurator.py", 117, 5700), ("test_convert.py", 2558, 127100), ("README.md", 250, 15600)])
+    ("convert.py", 1570, 85000), ("corpus.py", 540, 27500), ("model_files.py", 260, 12500),
+    ("probe.py", 130, 6500), ("machine.py", 150, 6500), ("sample.py", 394, 19600),
+    ("bench.py", 760, 35800), ("configurator.py", 200, 9400), ("test_convert.py", 2570, 127500),
+    ("README.md", 250, 15600)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
     source = (HERE / name).read_text()
     lines = source.splitlines()
@@ -1605,7 +1612,7 @@ def check_same_losses(tolerance, one="out", other="b"):
 def go_back(step):
     """Remove what the run in out/ saved after a step, as if it had been killed there."""
     shutil.rmtree("out/final", ignore_errors=True)
-    for path in convert.checkpoints(Path("out")):
+    for path in model_files.checkpoints(Path("out")):
         if int(path.name[11:]) > step:
             shutil.rmtree(path)
 
@@ -1662,7 +1669,7 @@ def test_a_signal_that_also_ends_the_reader_of_the_output_loses_nothing(tmp_path
     code = f"""if True:
         import os, signal, sys
         sys.path.insert(0, {str(HERE)!r})
-        import convert
+        import configurator, convert
         end, start = os.pipe()
         os.dup2(start, 1), os.dup2(start, 2), os.close(start)
         def interrupted(*args):
@@ -1670,7 +1677,7 @@ def test_a_signal_that_also_ends_the_reader_of_the_output_loses_nothing(tmp_path
             signal.raise_signal(signal.SIGINT)
             return 1.0, 1.0, 1e-3
         convert.train_step = interrupted
-        sys.exit(convert.run(convert.main))"""
+        sys.exit(configurator.run(convert.main))"""
     script("-c", code, *TINY, code=128 + signal.SIGINT, cwd=tmp_path)
     assert (tmp_path / "out/checkpoint_1").exists()
 
@@ -1799,7 +1806,7 @@ def test_foreign_files_damage_nothing_and_only_intact_checkpoints_are_kept(run):
     go_back(12)
     Path("out/.mine.tmp").mkdir()
     Path("out/.checkpoint_7.tmp").mkdir()  # of a save that was killed
-    for path in convert.checkpoints(Path("out")):
+    for path in model_files.checkpoints(Path("out")):
         (path / ".DS_Store").touch()
         (path / "folder").mkdir()
     assert "damaged" not in run("--resume --keep_checkpoints=9") and rows_of("out") == rows
@@ -1859,23 +1866,23 @@ def test_a_resume_may_change_the_stages_and_the_batch_not_the_optimizer_or_the_d
 def test_a_checkpoint_is_intact_with_all_its_files_and_after_a_refused_write(tmp_path):
     model, path = diffusion(random_lm("llama")), tmp_path / "checkpoint_1"
     tokenizer = SimpleNamespace(save_pretrained=lambda to: (to / "vocab.txt").write_text("a"))
-    convert.save_folder(path, model, tokenizer, {})
-    assert not convert.is_intact(path), "it holds no optimizer"
-    convert.save_folder(path, model, tokenizer, {}, {"a": 1})
-    before, limits = convert.checksums(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model_files.save_folder(path, model, tokenizer, {})
+    assert not model_files.is_intact(path), "it holds no optimizer"
+    model_files.save_folder(path, model, tokenizer, {}, {"a": 1})
+    before, limits = model_files.checksums(path), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     for size in (100, 60000):  # refused at the config, then at the weights
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(configurator.UserError, match="cannot save") as error:
-                convert.save_folder(path, model, tokenizer, {}, {"a": 2})
+                model_files.save_folder(path, model, tokenizer, {}, {"a": 2})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert error.value.code == 1 and convert.is_intact(path)
-        assert convert.checksums(path) == before and list(tmp_path.iterdir()) == [path]
+        assert error.value.code == 1 and model_files.is_intact(path)
+        assert model_files.checksums(path) == before and list(tmp_path.iterdir()) == [path]
 
     (path / "vocab.txt").write_text("b")
-    assert not convert.is_intact(path)
+    assert not model_files.is_intact(path)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -2024,7 +2031,7 @@ def test_tiny_converts_and_sample_writes(tmp_path):
         assert x["prompt"] == "The object " and decode(x["token_ids"]) == x["text"]
         assert x["forwards"] == 5 and x["tokens"] == len(x["token_ids"]) == 20
         assert max(x["token_ids"]) < 257
-    newest = convert.checkpoints(tmp_path / "outputs/tiny_diffusion")[0]
+    newest = model_files.checkpoints(tmp_path / "outputs/tiny_diffusion")[0]
     out, _ = script("sample.py", f"--checkpoint={newest}", "--prompt=", cwd=tmp_path)
     assert "tokens_per_forward 2.0" in out
     _, err = script("sample.py", "--verify", code=2, cwd=tmp_path)
@@ -2039,7 +2046,7 @@ def check_verified(run_dir, ar_model, cwd, *flags):
                     "--max_new_tokens=40", *flags, cwd=cwd)
     assert len(found) == 3
     for x in found:
-        ids = torch.tensor([convert.byte_tokenizer().encode(x["prompt"])])
+        ids = torch.tensor([model_files.byte_tokenizer().encode(x["prompt"])])
         expected = greedy(lm, ids, 40, eos=256)[0].tolist()
         assert x["token_ids"] == [token for token in expected if token != 256]
         assert x["equal"] == 3 and x["tokens_per_forward"] >= 1 and 0 <= x["acceptance"] <= 1
@@ -2116,9 +2123,9 @@ def test_flex_attention_gives_two_windows_in_blocks_what_a_mask_tensor_does(
             results.append(model.hidden_of_blocks(ids, torch.ones(2, 8))[1])
     assert_close(*results)
 
-    monkeypatch.setattr(convert, "debug", True)
+    monkeypatch.setattr(configurator, "show_library_errors", True)
     for length, why in ((64, "it does not run"), (16, "it is made for windows of 64")):
-        convert.try_flex_attention(model, length, NO_AUTOCAST_CPU)  # no backward pass on a CPU
+        machine.try_flex_attention(model, length, NO_AUTOCAST_CPU)  # no backward pass on a CPU
         assert model.lm.config._attn_implementation == "sdpa"
         assert f"no flex_attention, but a mask tensor: {why}" in capsys.readouterr().out
 
@@ -2189,7 +2196,7 @@ def test_cuda_blocks_take_flex_attention_or_say_why_not(
     size |= {"num_key_value_heads": 2 if family == "phi" else 1, "max_position_embeddings": 128}
     small_settings(device="cuda", dtype=dtype, max_seq_length=128, compile_model=True)
     model = diffusion(random_lm(family, **size), block_size=4).cuda().train()
-    autocast = convert.pick_autocast(model.device, dtype, cache=False)
+    autocast = machine.pick_autocast(model.device, dtype, cache=False)
     convert.set_up_model(model, False, autocast)
     if model.lm.config._attn_implementation != "flex_attention":
         assert "block_size: no flex_attention" in capsys.readouterr().out
@@ -2286,7 +2293,7 @@ def test_memory_on_paper_is_what_the_same_step_takes(small_settings, monkeypatch
     paper = bench.estimate_step(config, 0.25)
     model, params = real_model(config)
     if convert.use_gradient_checkpointing:
-        convert.checkpoint_layers(model)
+        machine.checkpoint_layers(model)
     taken = tracked_step(model, seen[0][1])
     tensors = *model.parameters(), *model.buffers()
     weights = sum(x.numel() * x.element_size() for x in tensors)
@@ -2310,7 +2317,7 @@ def test_cuda_an_estimate_is_near_what_the_allocator_takes(small_settings, more)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     model = real_model(config)[0].cuda()
-    autocast = convert.pick_autocast(model.device, "bfloat16", cache=False)
+    autocast = machine.pick_autocast(model.device, "bfloat16", cache=False)
     convert.set_up_model(model, convert.use_gradient_checkpointing, autocast)
     stage = convert.make_stages(1)[2] | {"ar": 0.5}
     state = {"stage": 2, "step": 0, "micro_batch": 4, "adam_8bit": True}
@@ -2369,8 +2376,8 @@ def test_an_estimate_takes_no_more_than_it_says(tmp_path):
 
 def test_a_process_counts_its_own_memory_and_not_its_parents(tmp_path):
     held = np.ones(10**9, np.uint8)
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import convert; "
-            f"print(convert.memory_gb(convert.torch.device('cpu'))[0])")
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import convert, machine; "
+            f"print(machine.memory_gb(machine.torch.device('cpu'))[0])")
     own = float(script("-c", code, cwd=tmp_path)[0])
     assert 0.1 < own < 0.9 < len(held) / 1e9
 
@@ -2435,7 +2442,7 @@ def test_bench_samples_beside_plain_ar_and_the_plain_loop(bench_main):
 def test_a_sweep_is_a_row_a_cell_and_out_of_memory_is_one(bench_main, monkeypatch):
     def measure():
         if convert.batch_size == 8:
-            raise convert.RunError("out of memory")
+            raise configurator.RunError("out of memory")
         return {"tokens_per_s": convert.batch_size * convert.max_seq_length}
     monkeypatch.setattr(bench, "measure", measure)
     code, out, err = bench_main(*SMALL_BENCH, "--sweep=batch_size,max_seq_length=24,48")
@@ -2456,7 +2463,7 @@ def is_killed():
 
 @cases("prepare", [runs_out, is_killed])
 def test_memory_that_runs_out_in_a_process_is_said_in_one_line(prepare):
-    with pytest.raises(convert.RunError, match="^out of memory"):
+    with pytest.raises(configurator.RunError, match="^out of memory"):
         bench.take_turns([prepare], ["step"])
 
 
@@ -2546,7 +2553,7 @@ def families_table():
         lm, ids = random_lm(family), torch.arange(3, 15)[None]
         with torch.no_grad():
             expected, model = lm(ids).logits, diffusion(lm)
-            moved = convert.probe(model, 64)[1]
+            moved = probe.probe(model, 64)[1]
             model.set_causal(True)
             off = (model(ids) - expected).abs().max().item()
         cells = family, lm.config._attn_implementation, "yes" if model.window else ""

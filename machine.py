@@ -1,0 +1,141 @@
+"""The machine: its device, dtype and memory, what makes a model fit on it, and the signals that
+stop a run."""
+import os
+import re
+import resource
+import select
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError, errors_as
+
+
+def pick_device(name):
+    """The torch.device of a name, "auto" being the best there is; UserError if it is not there."""
+    n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if n_cuda else "mps" if mps else "cpu"
+    with errors_as(f"device: '{name}' is not there; torch {torch.__version__} for CUDA "
+                   f"{torch.version.cuda} sees {n_cuda} CUDA devices, mps: {mps}"):
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise ValueError("only cuda, mps and cpu will do")
+        found = torch.zeros(1, device=name).device
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # kernels of other libraries run on the current one
+    return found
+
+
+def pick_autocast(device, name, cache=True):
+    """The autocast context of a dtype. cache: keep cast weights; training would hold them all."""
+    if device.type == "cpu" and name == "float16":
+        name = "float32"
+        print("dtype: float16 on a CPU becomes float32", file=sys.stderr)
+    enabled = name != "float32"
+    return torch.autocast(device.type, getattr(torch, name), enabled=enabled, cache_enabled=cache)
+
+
+def memory_gb(device):
+    """(this process's peak, on a CPU its resident set; the device's own memory), in GB."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "mps":
+        peak, total = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        status = Path("/proc/self/status")  # Linux, whose ru_maxrss begins at the parent's
+        if status.exists() and (own := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+            peak = int(own[1]) * 1024
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return peak / 1e9, total / 1e9
+
+
+def limit_memory(device, wanted):
+    """How much memory the run may use, in GB: wanted, a cap on CUDA; 0: the device's less 3."""
+    total = memory_gb(device)[1]
+    if device.type == "cuda" and wanted:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / total), device)
+    return wanted or max(total - 3, total / 2)
+
+
+def checkpoint_layers(model):
+    """Switch on gradient checkpointing, or print that the architecture has none."""
+    if model.lm.supports_gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        print("use_gradient_checkpointing: this architecture has none, so without")
+
+
+def try_flex_attention(model, length, autocast):
+    """Give blocks flex_attention, if forward and backward run on this device, in windows of this
+    length, and equal those of a mask tensor; else print why not: some head sizes need more shared
+    memory than a card has."""
+    n_blocks = max(1, min(length, 512) // model.block_size)
+    x0 = torch.arange(2 * n_blocks * model.block_size, device=model.device).view(2, -1)
+    x0 = x0 % model.mask_id
+    ids = torch.cat([x0, torch.where(x0 % 2 == 1, model.mask_id, x0)], 1)
+    t = torch.ones(2, 2 * n_blocks, device=model.device)
+    model.requires_grad_(False)
+    model.mask_embedding.requires_grad_(True)
+
+    def states_and_gradient(kernel):
+        torch.manual_seed(0)  # the same dropout in both
+        model.zero_grad()
+        with model.attention(kernel):
+            with autocast:
+                states = model.hidden_of_blocks(ids, t)[1]
+            states.float()[..., ::2].mean().backward()  # checkpointing re-runs the layers
+        return states.detach(), model.mask_embedding.grad
+
+    try:
+        if 2 * length < 128:  # both copies
+            raise UserError("it is made for windows of 64 tokens or more")
+        expected = states_and_gradient(model.kernel)
+        with errors_as("it does not run here", trial=True):
+            found = states_and_gradient("flex_attention")
+        exact = autocast.fast_dtype == expected[0].dtype == torch.float32
+        for x, y in zip(expected, found, strict=True):
+            if not (x - y).norm() < (1e-3 if exact else 0.1) * x.norm():
+                raise UserError("its results differ")
+        model.lm.set_attn_implementation("flex_attention")
+    except UserError as error:
+        print(f"block_size: no flex_attention, but a mask tensor: {error}")
+    model.zero_grad()
+
+
+def stop_on_signal():
+    """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
+    warning. A second Ctrl-C or SIGTERM ends the process at once."""
+    stop = []
+
+    def handler(number, frame):
+        if stop and number in (signal.SIGINT, signal.SIGTERM):
+            sys.exit(128 + number)
+        stop.append(number)
+        time.sleep(0.1)  # a closed terminal or Ctrl-C also ends the tee or less that reads us
+        outputs = select.poll()
+        for fd in (1, 2):
+            outputs.register(fd, 0)
+        for fd, _ in outputs.poll(0):  # nobody reads it any more, and writing to it would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
+    return stop
+
+
+def leave(stop):
+    """End the process after a signal, and print how to continue."""
+    once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
+    again = [arg for arg in sys.argv if not arg.startswith(once)]
+    tqdm.write(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
+    sys.exit(128 + stop[0])

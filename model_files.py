@@ -1,0 +1,257 @@
+"""What reads and writes the folders of models: Hugging Face models and their tokenizers, adapters
+on a base, and folders that are saved entirely or not at all."""
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from configurator import RunError, UserError, errors_as
+from corpus import end_ids
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading
+def byte_tokenizer():
+    """A Hugging Face tokenizer of one token per byte, and an end of text: nothing to download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def resolve_model(name):
+    """(path, the arguments of from_pretrained()) of a hub name, a folder or a .gguf file. Code that
+    comes with a model is not run, nor is it asked for."""
+    path = Path(name)
+    local = path.exists() or name[:1] in ("", ".", "/") or name.count("/") > 1
+    if path.suffix == ".gguf":
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return path, source | {"local_files_only": True, "trust_remote_code": False}
+    source = str(path) if local else name
+    return path, {"pretrained_model_name_or_path": source, "local_files_only": local,
+                  "trust_remote_code": False}
+
+
+def load_config(name, config_json="", tokenizer=None):
+    """A Hugging Face configuration, without weights; with config_json that one, for a tokenizer."""
+    with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
+                   f"model_name: '{name}' cannot be loaded"):
+        if not config_json:
+            return AutoConfig.from_pretrained(**resolve_model(name)[1])
+        config = {"pad_token_id": None}
+        if tokenizer:
+            config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        return AutoConfig.for_model(**config | json.loads(config_json))
+
+
+def base_dtype(lora, device_type):
+    """The dtype of the weights: bfloat16 for a frozen base on CUDA, else float32."""
+    return torch.bfloat16 if lora and device_type == "cuda" else torch.float32
+
+
+def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
+    """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
+    path, where = resolve_model(name)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        return merge_adapter(name, tokenizer_name, weights_dtype)
+    if revision:
+        where["revision"] = revision
+    with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
+                   f"model_name: '{name}' cannot be loaded"):
+        if tokenizer_name == "bytes":
+            tokenizer = byte_tokenizer()
+        elif tokenizer_name:
+            tokenizer = AutoTokenizer.from_pretrained(**resolve_model(tokenizer_name)[1])
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    if config_json:
+        config = load_config(name, config_json, tokenizer)
+    with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
+                   f"model_name: '{name}' cannot be loaded"):
+        if config_json:
+            lm = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
+        else:
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=weights_dtype, output_loading_info=True)
+            missing = sorted(report["missing_keys"] or report["mismatched_keys"])
+            if missing:
+                raise ValueError(f"it lacks weights: {missing[:3]}")
+    end_ids(lm, tokenizer)  # an error now, not after the training
+    if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
+        lm.hf_quantizer = None
+        del lm.config.quantization_config
+    if "quantization_config" in vars(lm.config):
+        raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
+    if "peft_config" in vars(lm):
+        raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
+                        "adds unasked; move its adapter_config.json away, or give the adapter a "
+                        "folder of its own")
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
+                        f"has {vocab_size}: not the tokenizer of this model")
+    return lm, tokenizer
+
+
+def merge_adapter(name, tokenizer_name, weights_dtype):
+    """load_hf() of a folder of peft, merged into its base."""
+    from peft import PeftModel  # slow to import
+    with errors_as(f"model_name: the adapter in '{name}' cannot be read"):
+        config = json.loads((Path(name) / "adapter_config.json").read_text())
+        base = str(config["base_model_name_or_path"])
+        if (Path(base) / "adapter_config.json").is_file():
+            raise ValueError(f"its base, '{base}', has an adapter too")
+    if not tokenizer_name and (Path(name) / "tokenizer_config.json").exists():
+        tokenizer_name = name
+    lm, tokenizer = load_hf(base, tokenizer_name, "", weights_dtype)
+    with errors_as(f"model_name: the adapter in '{name}' cannot be merged"):
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        lm = PeftModel.from_pretrained(lm, name).merge_and_unload(safe_merge=True)
+    print(f"model_name: the adapter in '{name}' is merged into its base, {base}")
+    return lm, tokenizer
+
+
+def fingerprint(path):
+    """A hash of the size, and of 4 KB in about 256 places, of a model's configuration and of each
+    file of its weights."""
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else [*path.glob("config.json"), *files]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            for place in range(0, size, max(4096, size // 256)):
+                weights.seek(place)
+                digest.update(weights.read(4096))
+    return digest.hexdigest()
+
+
+def our_tensors(model):
+    """{file: tensors by name} that a folder holds beside a plain Hugging Face model.
+
+    The adapter is not beside config.json, where transformers would load it unasked.
+    """
+    files = {"diffusion.safetensors": model.diffusion_state()}
+    if model.adapters:
+        files["adapter/adapter_model.safetensors"] = model.adapter_state()
+    return files
+
+
+def reference(name):
+    """Where a model that is not saved again is from: its path and a hash of its weights, or its hub
+    name and revision."""
+    path = Path(name).absolute()
+    if path.exists():
+        return {"name": str(path), "revision": None, "sha256": fingerprint(path)}
+    cached = try_to_load_from_cache(name, "config.json")  # in a folder named after its revision
+    revision = Path(cached).parent.name if isinstance(cached, str) else None
+    return {"name": name, "revision": revision, "sha256": None}
+
+
+def load_base(name, base, tokenizer_name, weights_dtype):
+    """load_hf() of the model that a result with adapters refers to. UserError if it has changed."""
+    of = f"model_name: '{name}' holds adapters for {base['name']}"
+    if base["sha256"] and not Path(base["name"]).exists():
+        raise UserError(f"{of}, which is not there any more")
+    if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
+        raise UserError(f"{of}, but the weights there are not those that it was trained on")
+    return load_hf(base["name"], tokenizer_name, "", weights_dtype, base["revision"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Saving
+def checksums(folder):
+    """The lines of SHA256SUMS for the files of a folder, as sha256sum writes and checks them."""
+    lines = set()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "SHA256SUMS":
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.add(f"{digest}  {path.relative_to(folder)}")
+    return lines
+
+
+def is_intact(folder):
+    """Whether a checkpoint still holds all that was saved in it; other files do not matter."""
+    try:
+        saved = (folder / "SHA256SUMS").read_text().splitlines()
+    except (OSError, ValueError):  # gone, or not text
+        return False
+    return (folder / "training.pt").exists() and checksums(folder).issuperset(saved)
+
+
+def save_folder(path, model, tokenizer, record, training=None):
+    """Save a plain Hugging Face folder, with what is ours beside it, entirely or not at all.
+
+    training: states of optimizer and scaler. A RunError leaves all earlier folders intact.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with errors_as(f"cannot save {path} (earlier ones are intact)", RunError):
+            write_folder(temporary, model, tokenizer, record, training)
+            for p in (*temporary.rglob("*"), temporary):
+                sync(p)  # on the disk before it gets its name
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync(path.parent)  # which holds the name
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path):
+    """Wait until a file or the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def recover(out):
+    """Undo what a kill inside save_folder() left behind: the folder that was being replaced gets
+    its name back, if the new one does not have it yet."""
+    for old in (*out.glob(".checkpoint_*.old"), *out.glob(".final.old")):
+        path = out / old.name[1:].removesuffix(".old")
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, path)
+
+
+def write_folder(folder, model, tokenizer, record, training):
+    """Write the files of save_folder()."""
+    folder.mkdir(parents=True)
+    if not model.base:
+        with model.original_model() as lm:
+            lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file, tensors in our_tensors(model).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if model.adapters:
+        if model.base:
+            model.lora_config.base_model_name_or_path = model.base["name"]
+        model.lora_config.save_pretrained(folder / "adapter")
+    record = record | {"base": model.base}
+    (folder / "diffusion.json").write_text(json.dumps(record, indent=1))
+    if training:
+        torch.save(training, folder / "training.pt")
+    (folder / "SHA256SUMS").write_text("\n".join(sorted(checksums(folder))) + "\n")
+
+
+def checkpoints(out):
+    """The checkpoints of a run, newest first."""
+    found = [p for p in out.glob("checkpoint_*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
