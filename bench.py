@@ -102,9 +102,9 @@ def build(for_training=True):
     if not for_training and not config_json and (Path(name) / "diffusion.json").is_file():
         ours = None  # a converted model knows its own
     torch.manual_seed(convert.seed)
-    weights_dtype = None if for_training else autocast.fast_dtype
+    as_dtype = None if for_training else autocast.fast_dtype
     model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json,
-                                          weights_dtype)
+                                          as_dtype)
     probe.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
 
@@ -523,7 +523,7 @@ def estimate_step(config, process_gb):
     """estimate_memory() with the settings as they are, for the losses of all stages together."""
     # 1) a model of fake tensors, as a run would set it up
     kind = device_type()
-    dtype = model_files.base_dtype(convert.use_lora, kind)
+    dtype = model_files.base_dtype(convert.use_lora, kind, convert.weights_dtype)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
     with torch.device("meta"):
@@ -757,4 +757,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, vars(convert) | globals())
+    run(main, scope=vars(convert) | globals())

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
 import transformers
 
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)  # they miss kernels that are not used here
 show_library_errors = False  # as the setting debug says, where a script has one: see errors_as()
 
 
@@ -159,7 +162,6 @@ def errors_as(prefix, kind=UserError, trial=False):
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels not used here
     for name in ("past_key_values", "gradient_checkpointing_enable", "is_gradient_checkpointing"):
         warnings.filterwarnings("ignore", f".{name}. is deprecated", FutureWarning)
     try:
@@ -176,9 +178,10 @@ def errors_as(prefix, kind=UserError, trial=False):
         raise kind(f"{prefix}: {first_line(error)}{advice}") from None
 
 
-def run(main, scope=None):
+def run(main, rank=0, lost=lambda error: None, scope=None):
     """Call main(argv); an error ends as one line on stderr and an exit code. --help prints the
-    settings in scope, by default those of main's module."""
+    settings in scope, by default those of main's module. lost(error): which other process of the
+    run has died, if that is what error means."""
     if sys.stdout:  # not closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; training has its own
@@ -189,11 +192,17 @@ def run(main, scope=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
+        sys.stderr = sys.__stderr__  # quiet in all processes but the first
         text = " ".join(str(error).split())[:500] or type(error).__name__
         if out_of_memory(error):
             text += ("; shorter or fewer windows, a smaller model, --use_8bit_adam, "
                      "--use_gradient_checkpointing need less")
         elif isinstance(error, RuntimeError):
-            raise  # a bug: its traceback is wanted
+            text = lost(error)
+            if not text:
+                raise  # a bug: its traceback is wanted
+        if rank:  # the same mistake is told by the first process, which ends this one
+            time.sleep(5)
+            text += f" (rank {rank})"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, UserError) else RunError.code)

@@ -4,12 +4,14 @@
   python convert.py config/phi2.py config/single_a6000.py  # Phi-2 on one 48 GB card
   python convert.py config/phi2.py --dry_run               # what it costs: hours, memory, disk
   python convert.py config/phi2.py --resume                # continue after a kill, bit for bit
+  torchrun --nproc_per_node=2 convert.py config/phi2.py    # on two cards
   python convert.py --model_name=./my_model --dataset_name=my_text.txt --batch_size=4
 
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, model_files.py, probe.py and machine.py, and, where it reads settings, after main().
+corpus.py, model_files.py, probe.py, machine.py and processes.py, and, where it reads settings,
+after main().
 """
 import contextlib
 import copy
@@ -30,9 +32,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
@@ -40,6 +44,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+import processes
 from configurator import (
     RunError, UserError, check_value, configure, errors_as, first_line, out_of_memory, run,
     settings_in)
@@ -49,7 +54,7 @@ from machine import (
     try_flex_attention)
 from model_files import (
     base_dtype, checkpoints, is_intact, load_base, load_hf, our_tensors, recover, reference,
-    resolve_model, save_folder)
+    resolve_model, save_folder, whole_tensors)
 from probe import decoder_layers, probe, rounding
 
 # ----------------------------------------------------------------------------------------------
@@ -65,6 +70,7 @@ use_lora = False  # freeze the model (bfloat16 on CUDA), train LoRA adapters for
 lora_rank = 32  # rank of each LoRA adapter
 lora_alpha = 64.0  # the adapter's output is scaled by lora_alpha / lora_rank
 lora_dropout = 0.0  # dropout on the adapter's input
+load_in_4bit = False  # the frozen model in 4 bits (QLoRA): half a byte per parameter, not 2
 lora_targets = "auto"  # auto: all linear layers; attention: its own; or names, comma-separated
 # data
 dataset_name = "Salesforce/wikitext"  # hub name, pydoc, or .txt .jsonl .json .csv .parquet files
@@ -88,6 +94,8 @@ beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW; below the usual 0.999 because the loss of one step is noisy
 max_grad_norm = 1.0  # 0: no clipping
 use_8bit_adam = True  # bitsandbytes: 2 bytes of state per parameter, not 8; slow on a CPU
+weights_dtype = "float32"  # of trained weights; bfloat16, rounded stochastically: 6 bytes less
+cpu_offload = False  # optimizer states in the host's memory; with fsdp also weights, gradients
 # stages
 stage0_epochs = 0.0  # AR pre-training, for a model_config without weights
 stage1_epochs = 2.0  # attention adaptation
@@ -108,10 +116,12 @@ num_timesteps = 1000  # how finely the time embedding tells shares of masked tok
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
-dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; trained weights stay in float32
+dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; see also weights_dtype
 compile_model = True  # torch.compile, one decoder layer at a time
 use_gradient_checkpointing = True  # a third more compute, far less activation memory
 max_memory_gb = 0.0  # a cap on CUDA, and everywhere a warning at 90 %; 0: the device's less 3
+parallel = ""  # under torchrun: ddp, a whole model each | fsdp, shares of one | "": what fits
+rank_batch_sizes = ""  # under torchrun, instead of batch_size: of each process, as 3,1
 auto_memory = False  # out of memory: checkpointing, then 8-bit Adam, then smaller micro-batches
 # run
 out_dir = ""  # "": outputs/<name of the config file>_diffusion
@@ -136,7 +146,8 @@ allowed = dict.fromkeys((
 allowed |= {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"},
     "lr_schedule": {"cosine", "linear", "constant"},
-    "dtype": {"bfloat16", "float16", "float32"},
+    "dtype": {"bfloat16", "float16", "float32"}, "weights_dtype": {"bfloat16", "float32"},
+    "parallel": {"", "ddp", "fsdp"},
     "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
     "lora_rank": (1, 10**4), "lora_dropout": (0, 0.99),
     "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1),
@@ -169,6 +180,25 @@ def check_settings():
             own_text and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1,
         "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
             use_lora and stage0_epochs,
+        "load_in_4bit: such weights cannot be trained; add --use_lora":
+            load_in_4bit and not use_lora,
+        "load_in_4bit: not with random weights (model_config)": load_in_4bit and model_config,
+        "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
+            load_in_4bit and parallel == "fsdp",
+        "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
+            use_lora and weights_dtype != "float32",
+        "weights_dtype: bfloat16 needs use_8bit_adam, which rounds them stochastically":
+            weights_dtype == "bfloat16" and not use_8bit_adam,
+        "weights_dtype: bfloat16 trains with dtype bfloat16 or float32":
+            weights_dtype == "bfloat16" and dtype == "float16",
+        "weights_dtype: bfloat16 not with parallel=fsdp, whose shares are small; take float32":
+            weights_dtype == "bfloat16" and parallel == "fsdp",
+        "cpu_offload: not with weights_dtype=bfloat16; take one of them":
+            cpu_offload and weights_dtype == "bfloat16",
+        "dtype: float16 not with parallel=fsdp; take bfloat16":
+            dtype == "float16" and parallel == "fsdp",
+        "rank_batch_sizes: needs torchrun": rank_batch_sizes and processes.SIZE == 1,
+        "auto_memory: not with several processes": auto_memory and processes.SIZE > 1,
     }
     for mistake, made in mistakes.items():
         if made:
@@ -283,18 +313,20 @@ def loss_weights(x0, u, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0, sche
     return x0, xt, t, diffusion_w, ar_w
 
 
-def forward_passes(batch, micro_batch, model, distill=0.0):
+def forward_passes(batch, micro_batch, model, distill=0.0, always=()):
     """The model calls for a batch of loss_weights(), micro_batch windows at a time, as arguments of
     model.loss().
 
     Token i is always predicted from the hidden state at i - 1, as in the AR model ("logit shift").
     distill: weight of the KL to the AR prediction, relative to the diffusion loss; blocks only.
+    always: "noisy", "clean": passes over xt or x0 come even if they predict no token.
     """
     for x0, xt, t, diffusion_w, ar_w in zip(*(x.split(micro_batch) for x in batch), strict=True):
         T = x0.shape[1]
         noisy = diffusion_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
         clean = ar_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
-        if model.block_size and len(noisy[0]):  # one pass over [clean copy | noisy copy]
+        # blocks: one pass over [clean copy | noisy copy]
+        if model.block_size and (len(noisy[0]) or "noisy" in always):
             both = (predictions(x0, noisy, diffusion_w, 2 * T, offset=T),
                     predictions(x0, clean, ar_w, 2 * T))
             inputs = {name: torch.cat([part[name] for part in both]) for name in both[0]}
@@ -304,11 +336,11 @@ def forward_passes(batch, micro_batch, model, distill=0.0):
             ids, t = torch.cat([x0, xt], 1), torch.cat([0 * t, t], 1)
             yield {"attention": "blocks", "ids": ids, "t": t, **inputs}
             continue
-        if len(noisy[0]):
+        if len(noisy[0]) or "noisy" in always:
             attention = "bidirectional" if model.bidirectional else "causal"
             inputs = predictions(x0, noisy, diffusion_w, T)
             yield {"attention": attention, "ids": xt, "t": t, **inputs}
-        if len(clean[0]):
+        if len(clean[0]) or "clean" in always:
             inputs = predictions(x0, clean, ar_w, T)
             yield {"attention": "causal", "ids": x0, "t": 0 * t, **inputs}  # t is for masks
 
@@ -907,15 +939,32 @@ def freeze(model, trains):
 
 def make_optimizer(params, use_8bit):
     """AdamW (https://arxiv.org/abs/1711.05101), on request with 8-bit states
-    (https://arxiv.org/abs/2110.02861)."""
+    (https://arxiv.org/abs/2110.02861), which torchao's has for weights in bfloat16, rounded
+    stochastically (https://arxiv.org/abs/2010.06192), and for shares of weights."""
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    if use_8bit and params[0].device.type != "mps":
-        import bitsandbytes  # slow to import
-        return bitsandbytes.optim.AdamW8bit(groups, lr=learning_rate, betas=(beta1, beta2))
-    if use_8bit:
+    how = {"lr": learning_rate, "betas": (beta1, beta2)}
+    kind, sharded = params[0].device.type, isinstance(params[0], DTensor)
+    if use_8bit and kind == "mps":
         print("use_8bit_adam: not on mps, where AdamW has 32-bit states")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+    elif use_8bit and (sharded or weights_dtype == "bfloat16"):
+        from torchao.optim import AdamW8bit  # slow to import
+        return AdamW8bit(groups, bf16_stochastic_round=not sharded, **how)
+    elif use_8bit or cpu_offload and kind == "cuda" and not sharded:
+        from bitsandbytes import optim  # slow to import
+        if cpu_offload and kind == "cuda":  # in memory that CUDA moves to the host as needed
+            return (optim.PagedAdamW8bit if use_8bit else optim.PagedAdamW)(groups, **how)
+        return optim.AdamW8bit(groups, **how)
+    return torch.optim.AdamW(groups, fused=True, **how)
+
+
+def set_rate(optimizer, lr):
+    """Give an optimizer a learning rate; torchao's keep it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def set_up_training(model, stage, state, saved):
@@ -923,11 +972,11 @@ def set_up_training(model, stage, state, saved):
     kind = model.device.type
     optimizer = make_optimizer(freeze(model, stage["trains"]), state["adam_8bit"])
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16" and kind != "cpu")
-    training = {"optimizer": optimizer, "scaler": scaler}
-    for name in training if saved else ():
+    if saved:
         with errors_as("checkpoint: its optimizer was made with other settings"):
-            training[name].load_state_dict(saved[name])
-    return training
+            processes.load_optimizer(optimizer, saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+    return {"optimizer": optimizer, "scaler": scaler}
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -953,14 +1002,17 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
         # the linear schedule makes all counts of masks equally likely, which has least variance
         batch = loss_weights(x0, u, noise, model, diffusion, ar, 0, "linear", first_known)
         total = torch.zeros(len(x0), device=model.device)  # by window
-        for start in range(0, len(x0), micro_batch):
-            part = [x[start:start + micro_batch] for x in batch]
-            for inputs in forward_passes(part, micro_batch, model):
+        always = passes_of_all(batch, model)
+        for windows in processes.share_of(len(x0)).split(micro_batch):
+            part = [x[windows % len(x0)] for x in batch]
+            for weights in part[3:]:
+                weights[windows >= len(x0)] = 0  # there to give each process as many
+            for inputs in forward_passes(part, micro_batch, model, 0.0, always):
                 with autocast:
                     found = model.loss(**inputs)
-                rows = inputs["rows"].to(model.device) // inputs["ids"].shape[1]
-                total.index_add_(0, start + rows, found)
-        return total
+                rows = inputs["rows"] // inputs["ids"].shape[1]
+                total.index_add_(0, (windows[rows] % len(x0)).to(model.device), found)
+        return processes.total(total)
 
     of_windows = losses(1.0, 0.0)
     nelbo, ar_loss = of_windows.sum().item(), losses(0.0, 1.0).sum().item()  # nats per token
@@ -989,6 +1041,7 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     model.eval()
     with eagerly(), model.attention(model.kernel):  # as flex_attention must be compiled
         row = with_less_memory(work, state, model, size="eval_micro_batch")
+    processes.reshard(model)
     model.train()
     if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
         state["ar_ppl_before"] = row["ar_ppl"]
@@ -1007,29 +1060,33 @@ def train_step(model, training, autocast, stage, x0, state):
                             full_mask_share)
     batch = loss_weights(x0, u, noise, model, stage["diffusion"], stage["ar"],
                          stage["n_on_policy"])  # of all windows at once, on the CPU
+    always = passes_of_all(batch, model)
+    batch = [x[share_of_step()[0]] for x in batch]  # from here on this process's own windows
 
     def forward_backward(micro_batch):
         model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory, too
-        torch.manual_seed(seed_for("dropout", *where))
+        torch.manual_seed(seed_for("dropout", *where) + processes.RANK)
         total = torch.zeros((), device=model.device)  # summed there: nothing waits in here
-        for inputs in forward_passes(batch, micro_batch, model, stage["distill"]):
+        for inputs in forward_passes(batch, micro_batch, model, stage["distill"], always):
             with autocast:
                 loss = model.loss(**inputs).sum()
             with record_function("backward"):  # before the next pass switches attention
-                training["scaler"].scale(loss).backward()
+                training["scaler"].scale(loss * processes.averaged(model)).backward()
             total += loss.detach()
         return total
 
     loss = with_less_memory(forward_backward, state, model, training)
     with record_function("optimizer"):
         optimizer, scaler = training["optimizer"], training["scaler"]
-        scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
-        loss, norm = loss.item(), norm.item()  # the one place that waits for the device
+        processes.sum_gradients(model, params)
+        scaler.unscale_(optimizer)
+        norm = processes.whole_scalar(nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf))
+        loss = processes.total(loss).item()  # here, and only here, it waits for the device
+        norm = norm.item()
         lr = stage["lr"] * lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, lr)
+        torch.manual_seed(seed_for("rounding", *where))  # of weights, the same in every replica
         if math.isfinite(loss) and math.isfinite(norm):  # as scaler.step() would check
             with_less_memory(lambda _: training["optimizer"].step(), state, model, training,
                              halve=False)
@@ -1038,13 +1095,17 @@ def train_step(model, training, autocast, stage, x0, state):
 
 
 def main(argv):
+    processes.be_quiet()
     config_files = configure(globals(), argv, allowed)
     check_settings()
     torch.autograd.set_detect_anomaly(debug)  # says which operation made a NaN
     name = config_files[0] if config_files else model_name.removesuffix("/final")
     out = Path(out_dir or f"outputs/{Path(name).name.removesuffix('.py')}_diffusion")
     device, autocast, limit_gb = set_up_device()
-    state, checkpoint_dir = find_checkpoint(out)  # state: what a resume needs beside weights
+    # state: what a resume needs beside weights
+    state, checkpoint_dir = processes.from_rank_0(find_checkpoint, out)
+    if processes.SIZE > 1:
+        state["micro_batch"] = share_of_step()[1]
 
     # model and data
     torch.manual_seed(seed)  # for what has random weights
@@ -1063,18 +1124,19 @@ def main(argv):
     model.train()
     if dry_run:
         from bench import print_cost  # bench.py imports this module, so not before
-        return print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb)
+        print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb)
+        return processes.part()
 
     # the run
-    try_to_save(model, out, checkpoint_dir)
+    processes.from_rank_0(try_to_save, model, out, checkpoint_dir)
     log = open_log(out, state, stages, limit_gb)
     stop = stop_on_signal()
+    if choose_parallel(model, limit_gb) == "fsdp":
+        processes.shard(model, decoder_layers(model.lm), autocast, cpu_offload)
     saved, own_text = None, {}  # windows that the model itself wrote, for training and held out
     if checkpoint_dir:
-        with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
-            saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
-            kept = saved["own_text"] if on_policy_tokens else {}
-            own_text = {k: x.numpy() for k, x in kept.items() if x.shape[1] == max_seq_length}
+        saved, own_text = load_training(checkpoint_dir, state, model)
+    state["sharded"] = processes.is_sharded(model)
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
         if not stage["steps"]:  # skipped; an optimizer saved in it would not fit the next stage
@@ -1106,6 +1168,7 @@ def main(argv):
             state["tokens"] += x0.numel()
             log_step(loss, norm, lr, seconds, stage, state, log, device)
             last = state["step"] == stage["steps"]
+            processes.share_stop(stop)
             if last or stop or save_steps and state["total"] % save_steps == 0:
                 save(out, f"checkpoint_{state['total']}", model, tokenizer, state, log, training,
                      own_text)
@@ -1117,13 +1180,16 @@ def main(argv):
     evaluate_and_log(model, tokenizer, val_data, autocast, trained[-1], state, log)
     save(out, "final", model, tokenizer, state, log)
     print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
+    processes.part()
 
 
 # ----------------------------------------------------------------------------------------------
 # From here on: plumbing, to be read when needed. First the machine
 def set_up_device():
     """(device, autocast, memory limit in GB) from the settings."""
-    found = pick_device(device)
+    found = pick_device(device, processes.LOCAL_RANK if processes.LAUNCHED else None)
+    if processes.LAUNCHED or parallel == "fsdp":
+        processes.join(found)
     if auto_memory and found.type == "cpu":
         raise UserError("auto_memory: not on a CPU, where nothing tells when memory runs out; "
                         "bench.py --estimate says what to switch on")
@@ -1133,12 +1199,67 @@ def set_up_device():
     return found, autocast, limit_gb
 
 
+def share_of_step():
+    """(Which windows of a step are this process's, a slice; its micro-batch). UserError if they
+    cannot be shared out in whole micro-batches."""
+    sizes = [batch_size] * processes.SIZE
+    if rank_batch_sizes:
+        with errors_as(f"rank_batch_sizes: '{rank_batch_sizes}' is not like 3,1"):
+            sizes = [int(size) for size in rank_batch_sizes.split(",")]
+        if len(sizes) != processes.SIZE or min(sizes) < 1:
+            raise UserError(f"rank_batch_sizes: needs {processes.SIZE} sizes of 1 or more, one for "
+                            f"each process, not '{rank_batch_sizes}'")
+    n, together = batch_size * gradient_accumulation_steps, sum(sizes)
+    if n % together:
+        fits = [x for x in (n // together * together, -(-n // together) * together) if x]
+        raise UserError(
+            f"gradient_accumulation_steps: a step of {n} windows cannot be shared by processes "
+            f"that take {together} at a time; {' or '.join(map(str, fits))} windows can: "
+            "batch_size times gradient_accumulation_steps")
+    first = n // together * sum(sizes[:processes.RANK])
+    size = sizes[processes.RANK]
+    return slice(first, first + n // together * size), size
+
+
+def passes_of_all(batch, model):
+    """Which passes every process must make, if weights are sharded: those that any of the windows
+    of a batch of loss_weights() needs, as a layer is gathered from all."""
+    if not processes.is_sharded(model):
+        return ()
+    weights = {"noisy": batch[3], "clean": batch[4]}
+    return [name for name, w in weights.items() if w.any()]
+
+
+def choose_parallel(model, limit_gb):
+    """ddp or fsdp, as set, or ddp where the whole model and its training fit each card."""
+    if parallel or processes.SIZE == 1:
+        return parallel
+    from bench import estimate_memory  # bench.py imports this module, so not before
+    try:
+        gb = estimate_memory(model.lm.config, {}, memory_gb(model.device)[0])["total"]
+    except UserError as error:
+        print(f"parallel: ddp, as memory is not estimated: {error}")
+        return "ddp"
+    if model.device.type == "cpu":
+        limit_gb /= processes.SIZE
+    too_much = processes.agree(gb - limit_gb)  # on the smallest card
+    if load_in_4bit or use_lora or weights_dtype == "bfloat16" or too_much <= 0:
+        print(f"parallel: ddp, a step takes {gb:.1f} GB on each card")
+        return "ddp"
+    print(f"parallel: fsdp, as a step of the whole model would take {gb:.1f} GB, {too_much:.1f} "
+          "more than the smallest card has")
+    return "fsdp"
+
+
 def set_up_model(model, checkpointing, autocast):
     """Switch on what saves time or memory on the model's device and changes no loss."""
+    if cpu_offload and model.device.type != "cuda":
+        print("cpu_offload: there is no CUDA device here, so nothing is offloaded")
     cpu = model.device.type == "cpu"
     model.head_floats = 2**28 if cpu else 2**26  # 1 GB of logits where memory is the host's
     embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
-    if cpu and head is not None and head.weight is embedding.weight:
+    alone = not dist.is_initialized()  # else gradients are exchanged, as dense ones
+    if cpu and alone and head is not None and head.weight is embedding.weight:
         embedding.sparse = True  # adds to the head's gradient row by row, not as another matrix
     if checkpointing:
         checkpoint_layers(model)
@@ -1169,7 +1290,7 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
         try:
             return work(state[size])
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or processes.is_sharded(model):  # the others would wait
                 raise
             failure = error.with_traceback(None)  # which would hold the tensors
         ladder = auto_memory and training is not None
@@ -1181,8 +1302,7 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
             groups = training["optimizer"].param_groups
             params = [p for group in groups for p in group["params"]]
             training["optimizer"] = make_optimizer(params, True)
-            for new, old in zip(training["optimizer"].param_groups, groups, strict=True):
-                new["lr"] = old["lr"]
+            set_rate(training["optimizer"], groups[0]["lr"])
         elif halve and state[size] > 1:
             state[size] //= 2
             change = f"{state[size]} windows at a time ({size}), of the same batch,"
@@ -1223,6 +1343,17 @@ def print_plan(model, stages, probe_report, train_data, val_data, data_report):
 def open_log(out, state, stages, limit_gb):
     """The log of a run: its file, locked and cut back to the moment of the checkpoint, the bar,
     Weights & Biases. UserError if another run has the lock."""
+    file = open_log_file(out, state) if processes.RANK == 0 else open(os.devnull, "a")
+    steps = sum(stage["steps"] for stage in stages)
+    bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
+    use = use_wandb and processes.RANK == 0
+    return {"file": file, "bar": bar, "wandb": start_wandb(state) if use else None,
+            "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
+            "limit_gb": limit_gb, "tell_hours": device == "auto"}
+
+
+def open_log_file(out, state):
+    """training_logs.jsonl of open_log(); what a killed save left in out is removed."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "training_logs.jsonl", "a")
     try:
@@ -1235,11 +1366,7 @@ def open_log(out, state, stages, limit_gb):
     if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
     file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
-    steps = sum(stage["steps"] for stage in stages)
-    bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
-    return {"file": file, "bar": bar, "wandb": start_wandb(state) if use_wandb else None,
-            "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
-            "limit_gb": limit_gb, "tell_hours": device == "auto"}
+    return file
 
 
 def start_wandb(state):
@@ -1314,11 +1441,31 @@ def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
     record = {"model": model_settings(), "max_seq_length": max_seq_length, "state": state,
               "settings": settings_in(globals()), "versions": versions}
     if training:
-        training = {name: part.state_dict() for name, part in training.items()}
-        training["own_text"] = {name: torch.from_numpy(x) for name, x in own_text.items()}
-    save_folder(out / name, model, tokenizer, record, training)
-    for old in checkpoints(out)[keep_checkpoints:]:
-        shutil.rmtree(old)
+        training = {"optimizer": processes.whole_optimizer(training["optimizer"]),
+                    "scaler": training["scaler"].state_dict(),
+                    "own_text": {name: torch.from_numpy(x) for name, x in own_text.items()}}
+    tensors = whole_tensors(model)
+
+    def write():
+        save_folder(out / name, model, tokenizer, record, training, tensors)
+        for old in checkpoints(out)[keep_checkpoints:]:
+            shutil.rmtree(old)
+    processes.from_rank_0(write)
+
+
+def load_training(checkpoint_dir, state, model):
+    """(The states of optimizer and scaler, on-policy text) of a checkpoint. UserError if it is of
+    another version, or its 8-bit optimizer of another kind."""
+    sharded = processes.is_sharded(model)
+    if use_8bit_adam and state["sharded"] != sharded:
+        flag = "--parallel=fsdp" if state["sharded"] else "--parallel=ddp"
+        raise UserError(f"parallel: the 8-bit optimizer in {checkpoint_dir} goes on with {flag}")
+    if use_8bit_adam and (sharded or weights_dtype == "bfloat16"):
+        import torchao.optim  # noqa: F401  its states can be loaded once it is imported
+    with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
+        saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
+        kept = saved["own_text"] if on_policy_tokens else {}
+        return saved, {k: x.numpy() for k, x in kept.items() if x.shape[1] == max_seq_length}
 
 
 def try_to_save(model, out, checkpoint_dir):
@@ -1338,7 +1485,7 @@ def new_state():
     """The state of a run at its start: all that a resume needs beside weights, optimizer and
     scaler."""
     return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
-            "micro_batch": batch_size, "eval_micro_batch": batch_size,
+            "micro_batch": batch_size, "eval_micro_batch": batch_size, "sharded": False,
             "checkpointing": use_gradient_checkpointing, "adam_8bit": use_8bit_adam,
             "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
 
@@ -1350,39 +1497,44 @@ def find_checkpoint(out):
     if not dry_run:
         recover(out)
     finished, newest_first = (out / "final").exists(), checkpoints(out)
-    if resume and not checkpoint and finished:
+    go_on, chosen = resume, checkpoint
+    if processes.RESTARTS:  # by torchrun: out_dir is this run's own
+        go_on, chosen = True, ""
+    if go_on and not chosen and finished:
         print(f"this run is finished: {out}/final; --out_dir=... starts another")
         sys.exit(0)
-    here = checkpoint and Path(checkpoint).absolute().parent == out.absolute()
-    if (finished or newest_first) and not (here or dry_run or resume and not checkpoint):
+    here = chosen and Path(chosen).absolute().parent == out.absolute()
+    if (finished or newest_first) and not (here or dry_run or go_on and not chosen):
         raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts "
                         "another")
-    for source in [Path(checkpoint)] if checkpoint else newest_first if resume else []:
+    for source in [Path(chosen)] if chosen else newest_first if go_on else []:
         if is_intact(source):
             break
-        if checkpoint:
+        if chosen:
             why = "not intact" if source.exists() else "not there"
-            raise UserError(f"checkpoint: '{checkpoint}' is {why}")
+            raise UserError(f"checkpoint: '{chosen}' is {why}")
         print(f"{source} is damaged, so the one before it is used")
         if not dry_run:  # renamed, or it would count among those to keep
             source.rename(out / f"damaged_{source.name}_{time.time_ns()}")
     else:
-        if resume:
+        if go_on:
             print(f"resume: no checkpoint in {out}, so from the start")
         return new_state(), None
     record, settings = read_record(source), settings_in(globals())
     if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
-    for name in ("use_8bit_adam", "dtype"):
-        if record["settings"].get(name) != settings[name]:
+    for name in ("use_8bit_adam", "dtype", "weights_dtype"):
+        if record["settings"].get(name, settings[name]) != settings[name]:
             raise UserError(f"{name}: the optimizer in {source} was made with another; keep that, "
                             f"or start from its weights, with --model_name={source}")
     for name in ("resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "save_steps",
                  "log_steps", "eval_steps", "keep_checkpoints", "sample_prompt", "use_wandb",
-                 "wandb_project", "max_memory_gb", "auto_memory"):
+                 "wandb_project", "max_memory_gb", "auto_memory", "parallel", "rank_batch_sizes",
+                 "cpu_offload"):
         settings.pop(name)  # may change
-    changed = [f"{name} {record['settings'].get(name)!r} -> {value!r}"
-               for name, value in settings.items() if record["settings"].get(name) != value]
+    before = settings | record["settings"]  # a newer version has more of them
+    changed = [f"{name} {before[name]!r} -> {value!r}"
+               for name, value in settings.items() if before[name] != value]
     note = f"; no longer the run it was: {', '.join(changed)}" if changed else ""
     print(f"resume: {source}{note}")
     state = new_state() | record["state"]
@@ -1407,8 +1559,8 @@ def check_disk(model, out):
 
 # ----------------------------------------------------------------------------------------------
 # Data: tokenised once, into windows that each epoch visits once in an order of its own
-def load_data(tokenizer, state):
-    """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
+def cached_data(tokenizer):
+    """The folder of the tokenised data, made if it is not there yet."""
     answered = use_lora and on_policy_tokens > 0 and on_policy_share == 1
     corpus = read_corpus(dataset_name, dataset_config, dataset_split, text_column, cache_dir,
                          answered)
@@ -1428,6 +1580,12 @@ def load_data(tokenizer, state):
     folder = Path(cache_dir) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         tokenise(folder, corpus, tokenizer, **split)
+    return folder
+
+
+def load_data(tokenizer, state):
+    """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
+    folder = processes.from_rank_0(cached_data, tokenizer)
     with errors_as(f"cache_dir: {folder} is damaged, delete it"):
         report = json.loads((folder / "meta.json").read_text())
         shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}
@@ -1459,30 +1617,58 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
     """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
     prompts from windows. They are also kept in out, to be continued there after a kill."""
     T, state = windows.shape[1], {"micro_batch": 32}
-    key = model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
-    path = out / f"on_policy_{seed_for(*key):x}.bin"
+    sharded = processes.is_sharded(model)
+
+    def write(lm, batch):  # (32 or fewer, T), in parts if memory runs out
+        new = np.zeros((0, T), np.int32)
+        while len(new) < len(batch):
+            work = functools.partial(ar_continue, lm, batch[len(new):], tokenizer,
+                                     model.block_size, model.max_positions, together=sharded)
+            new = np.concatenate([new, with_less_memory(work, state, model)])
+        return new
+
     model.eval()
-    with (open(path, "ab") as file, model.original_model() as lm, eagerly(),
+    with (processes.unsharded(model), model.original_model() as lm, eagerly(),
           pick_autocast(model.device, dtype), tqdm(
               total=tokens or None, desc="on-policy text", unit="tok",
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
-        file.truncate(file.tell() // (128 * T) * 128 * T)  # whole batches of 32 windows
-        done = np.fromfile(path, np.int32).reshape(-1, T)
+        key = model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
+        path = out / f"on_policy_{seed_for(*key):x}.bin"
+        done = processes.from_rank_0(read_windows, path, T)
         bar.update(int((done >= 0).sum()))
         while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            work = functools.partial(ar_continue, lm, windows[len(done):], tokenizer,
-                                     model.block_size, model.max_positions)
-            new = with_less_memory(work, state, model)
-            with errors_as(f"out_dir: cannot write {path}", RunError):
-                new.tofile(file)
-            done = np.concatenate([done, new])
-            bar.update(int((new >= 0).sum()))
+            # each process writes one batch of 32, and they are taken in order
+            start = len(done) + 32 * processes.RANK
+            batch = windows[start:start + 32]
+            if sharded and not len(batch):  # written for the others, which need this one's weights
+                new = write(lm, windows[-1:])[:0]
+            else:
+                new = write(lm, batch)
+            for part in processes.all_gathered(new):
+                if bar.n < tokens or not tokens:
+                    processes.from_rank_0(append_windows, path, part)
+                    done = np.concatenate([done, part])
+                    bar.update(int((part >= 0).sum()))
+            processes.share_stop(stop)
             if stop:
                 leave(stop)
     if bar.n < tokens:
         print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
     model.train()
     return done
+
+
+def read_windows(path, length):
+    """The windows (n, length) that append_windows() wrote, in whole batches of 32."""
+    with open(path, "ab") as file:
+        file.truncate(file.tell() // (128 * length) * 128 * length)
+    return np.fromfile(path, np.int32).reshape(-1, length)
+
+
+def append_windows(path, windows):
+    """Add windows to a file."""
+    with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
+        windows.tofile(file)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1496,12 +1682,12 @@ def model_settings():
             "block_size": block_size, "lora": lora if use_lora else None}
 
 
-def load_model(name, device, ours=None, tokenizer_name="", config_json="", weights_dtype=None):
+def load_model(name, device, ours=None, tokenizer_name="", config_json="", as_dtype=None):
     """(DiffusionLM, tokenizer), on the CPU, of a hub name, a folder, a .gguf file or a result.
 
     ours: arguments of DiffusionLM after lm; None: those of the folder, which must be complete then.
-    config_json: random weights. weights_dtype: instead of base_dtype(). UserError if anything
-    cannot be loaded or does not fit.
+    config_json: random weights. as_dtype: of the weights, instead of what fits training. UserError
+    if anything cannot be loaded or does not fit.
     """
     name = str(name)
     path = resolve_model(name)[0]
@@ -1512,16 +1698,17 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", weigh
     complete, ours = not ours, ours or saved
     if saved and saved.get("lora") and not ours.get("lora"):
         raise UserError(f"use_lora: {path} has trained adapters, which would be lost; --use_lora")
-    weights_dtype = weights_dtype or base_dtype(ours.get("lora"), device.type)
+    as_dtype = as_dtype or base_dtype(ours.get("lora"), device.type, weights_dtype)
     if base:
-        lm, tokenizer = load_base(name, base, tokenizer_name or name, weights_dtype)
+        lm, tokenizer = load_base(name, base, tokenizer_name or name, as_dtype, device)
     else:
-        lm, tokenizer = load_hf(name, tokenizer_name, config_json, weights_dtype)
+        lm, tokenizer = load_hf(name, tokenizer_name, config_json, as_dtype,
+                                four_bits=device if load_in_4bit else None)
     # random weights are nowhere else, and a checkpoint is deleted when newer ones are there; an
     # earlier result with adapters is where this run may write its own
     temporary = config_json or saved and saved.get("lora") or (path / "training.pt").exists()
     if ours.get("lora") and not base and not temporary:
-        base = reference(name)
+        base = reference(name) | {"load_in_4bit": load_in_4bit}
     with errors_as(path / "diffusion.json"):
         model = DiffusionLM(lm, **ours)
     changed = [f"{key}={value} (here {ours[key]})" for key, value in (saved or {}).items()
@@ -1560,4 +1747,4 @@ def read_record(folder):
 
 if __name__ == "__main__":
     from convert import main  # one copy of the module, whoever else imports it
-    run(main)
+    run(main, processes.RANK, processes.lost)

@@ -505,7 +505,7 @@ def left_out(report):
     return text
 
 
-def ar_continue(lm, windows, tokenizer, block, max_positions, n):
+def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False):
     """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
     in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
     windows = windows[:n].astype(np.int64)
@@ -523,7 +523,7 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n):
         out = lm.generate(
             ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
             no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
-            eos_token_id=ends or None, pad_token_id=eos or 0)
+            eos_token_id=ends or None, pad_token_id=eos or 0, synced_gpus=together)
     new = []
     for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
         end = end_of(text, ends)

@@ -13,14 +13,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import processes
 from configurator import UserError, errors_as
 
 
-def pick_device(name):
-    """The torch.device of a name, "auto" being the best there is; UserError if it is not there."""
+def pick_device(name, local_rank=None):
+    """The torch.device of a name, "auto" being the best there is; UserError if it is not there.
+    local_rank: of CUDA devices this one, as each process has its own."""
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if mps else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     with errors_as(f"device: '{name}' is not there; torch {torch.__version__} for CUDA "
                    f"{torch.version.cuda} sees {n_cuda} CUDA devices, mps: {mps}"):
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
@@ -117,7 +121,9 @@ def stop_on_signal():
 
     def handler(number, frame):
         if stop and number in (signal.SIGINT, signal.SIGTERM):
-            sys.exit(128 + number)
+            if not processes.LAUNCHED:  # torchrun sends a second one, too, and waits 30 s
+                sys.exit(128 + number)
+            return
         stop.append(number)
         time.sleep(0.1)  # a closed terminal or Ctrl-C also ends the tee or less that reads us
         outputs = select.poll()
@@ -125,7 +131,8 @@ def stop_on_signal():
             outputs.register(fd, 0)
         for fd, _ in outputs.poll(0):  # nobody reads it any more, and writing to it would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
+        if processes.RANK == 0:
+            os.write(2, b"\nstopping, to be continued with --resume; once more stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -137,5 +144,7 @@ def leave(stop):
     """End the process after a signal, and print how to continue."""
     once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
     again = [arg for arg in sys.argv if not arg.startswith(once)]
-    tqdm.write(f"stopped; continue with: {shlex.join(['python', *again, '--resume'])}")
+    start = ["torchrun", "..."] if processes.LAUNCHED else ["python"]
+    tqdm.write(f"stopped; continue with: {shlex.join([*start, *again, '--resume'])}")
+    processes.part()
     sys.exit(128 + stop[0])

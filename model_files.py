@@ -11,8 +11,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedTokenizerFast
 
+import processes
 from configurator import RunError, UserError, errors_as
 from corpus import end_ids
 
@@ -53,18 +55,28 @@ def load_config(name, config_json="", tokenizer=None):
         return AutoConfig.for_model(**config | json.loads(config_json))
 
 
-def base_dtype(lora, device_type):
-    """The dtype of the weights: bfloat16 for a frozen base on CUDA, else float32."""
-    return torch.bfloat16 if lora and device_type == "cuda" else torch.float32
+def base_dtype(lora, device_type, trained="float32"):
+    """The dtype of the weights: that of trained ones, but bfloat16 for a frozen base on CUDA."""
+    if lora:
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
+    return getattr(torch, trained)
 
 
-def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
-    """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit."""
+def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, four_bits=None):
+    """(Hugging Face model, tokenizer); UserError if they cannot be loaded or do not fit.
+
+    four_bits: the device of a model in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
+    """
     path, where = resolve_model(name)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        if four_bits:
+            raise UserError(f"load_in_4bit: '{name}' is an adapter, to be merged into its base; "
+                            "merge and save it first")
         return merge_adapter(name, tokenizer_name, weights_dtype)
     if revision:
         where["revision"] = revision
+    if four_bits and "gguf_file" in where:
+        raise UserError("load_in_4bit: not with a .gguf file; take a folder of Hugging Face's")
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":
@@ -80,6 +92,8 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
         if config_json:
             lm = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
         else:
+            if four_bits:
+                where |= quantised(four_bits, weights_dtype)
             lm, report = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=weights_dtype, output_loading_info=True)
             missing = sorted(report["missing_keys"] or report["mismatched_keys"])
@@ -89,7 +103,9 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
         del lm.config.quantization_config
-    if "quantization_config" in vars(lm.config):
+    if four_bits:
+        keep_layout(lm)
+    elif "quantization_config" in vars(lm.config):
         raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
     if "peft_config" in vars(lm):
         raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
@@ -101,6 +117,23 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None):
         raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
                         f"has {vocab_size}: not the tokenizer of this model")
     return lm, tokenizer
+
+
+def quantised(device, compute_dtype):
+    """Arguments of from_pretrained() for a model in 4 bits, NF4 with quantised scales."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_layout(lm):
+    """Keep 4-bit weights as they are on a CPU with AVX-512: bitsandbytes would repack them in the
+    first evaluation, for a kernel that has no gradient, and train on with it."""
+    from bitsandbytes.nn import Linear4bit  # slow to import
+    for module in lm.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def merge_adapter(name, tokenizer_name, weights_dtype):
@@ -158,14 +191,15 @@ def reference(name):
     return {"name": name, "revision": revision, "sha256": None}
 
 
-def load_base(name, base, tokenizer_name, weights_dtype):
+def load_base(name, base, tokenizer_name, weights_dtype, device):
     """load_hf() of the model that a result with adapters refers to. UserError if it has changed."""
     of = f"model_name: '{name}' holds adapters for {base['name']}"
     if base["sha256"] and not Path(base["name"]).exists():
         raise UserError(f"{of}, which is not there any more")
     if base["sha256"] and fingerprint(Path(base["name"])) != base["sha256"]:
         raise UserError(f"{of}, but the weights there are not those that it was trained on")
-    return load_hf(base["name"], tokenizer_name, "", weights_dtype, base["revision"])
+    return load_hf(base["name"], tokenizer_name, "", weights_dtype, base["revision"],
+                   device if base.get("load_in_4bit") else None)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -190,16 +224,28 @@ def is_intact(folder):
     return (folder / "training.pt").exists() and checksums(folder).issuperset(saved)
 
 
-def save_folder(path, model, tokenizer, record, training=None):
+def whole_tensors(model):
+    """{file: tensors by name} to be saved, put together from all processes if they are sharded; ""
+    stands for the Hugging Face model, where it is saved."""
+    tensors = our_tensors(model)
+    if not model.base:
+        with model.original_model() as lm:
+            tensors[""] = lm.state_dict(keep_vars=True)  # which has tied weights as one
+    return {file: processes.whole(part) for file, part in tensors.items()}
+
+
+def save_folder(path, model, tokenizer, record, training=None, tensors=None):
     """Save a plain Hugging Face folder, with what is ours beside it, entirely or not at all.
 
-    training: states of optimizer and scaler. A RunError leaves all earlier folders intact.
+    training: states of optimizer and scaler. tensors: of whole_tensors(). A RunError leaves all
+    earlier folders intact.
     """
+    tensors = tensors or whole_tensors(model)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with errors_as(f"cannot save {path} (earlier ones are intact)", RunError):
-            write_folder(temporary, model, tokenizer, record, training)
+            write_folder(temporary, model, tokenizer, record, training, tensors)
             for p in (*temporary.rglob("*"), temporary):
                 sync(p)  # on the disk before it gets its name
             if path.exists():
@@ -229,17 +275,18 @@ def recover(out):
             os.replace(old, path)
 
 
-def write_folder(folder, model, tokenizer, record, training):
+def write_folder(folder, model, tokenizer, record, training, tensors):
     """Write the files of save_folder()."""
     folder.mkdir(parents=True)
-    if not model.base:
-        with model.original_model() as lm:
-            lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for file, tensors in our_tensors(model).items():
+    for file, part in tensors.items():
+        if not file:
+            with model.original_model() as lm:
+                lm.save_pretrained(folder, state_dict=part)
+            continue
         (folder / file).parent.mkdir(exist_ok=True)
-        tensors = {name: p.detach().contiguous() for name, p in tensors.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
+        part = {name: p.detach().contiguous() for name, p in part.items()}
+        save_file(part, folder / file, {"format": "pt"})
     if model.adapters:
         if model.base:
             model.lora_config.base_model_name_or_path = model.base["name"]

@@ -357,8 +357,8 @@ def main(argv):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
     texts, target = read_prompts(), pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
-    weights_dtype = pick_autocast(target, dtype).fast_dtype
-    model, tokenizer = load_model(folder, target, weights_dtype=weights_dtype)
+    as_dtype = pick_autocast(target, dtype).fast_dtype
+    model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
     check_flags(model, len(texts))
     if trace:

@@ -1,0 +1,249 @@
+"""Several processes of one run, one for each card, as torchrun starts them.
+
+ddp: each has the whole model, and gradients are summed once a step. fsdp: each has a share of every
+weight, gradient and optimizer state (FSDP2, https://arxiv.org/abs/2304.11277). In both each process
+takes its share of the windows of a step, so that data, noise and losses are those of one process.
+"""
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
+
+from configurator import UserError
+
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many processes
+RESTARTS = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if LAUNCHED else 0
+
+members = []  # (host, process id) of each rank
+
+
+def join(device):
+    """Wait for the other processes. Only rank 0 prints; errors of the others are told by run()."""
+    if dist.is_initialized():
+        return
+    store = dist.HashStore()
+    if LAUNCHED:  # a start of its own for each restart, whose addresses differ
+        store = dist.PrefixStore(f"start {RESTARTS}", next(dist.rendezvous("env://"))[0])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # nobody is waited for in vain: torchrun ends all when one has died. But tokenising takes hours
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1), world_size=SIZE,
+                            rank=RANK, store=store)
+    members.extend([None] * SIZE)
+    dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
+
+
+def part():
+    """End the connection, when all have come this far: else some would end in the midst of it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def be_quiet():
+    """Print nothing, unless this is rank 0."""
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def lost(error):
+    """Which process has died, if error comes from talking to it, else None."""
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        return None
+    host, dead = socket.gethostname(), []
+    for _ in range(30):  # until torchrun has noticed, too
+        for rank, (where, pid) in enumerate(members):
+            if where == host and not is_alive(pid):
+                dead.append(f"rank {rank} (process {pid} on {host}) has died")
+        if dead:
+            return ", ".join(dead)
+        time.sleep(0.1)
+    return f"the connection to another process is lost: {' '.join(str(error).split())[:200]}"
+
+
+def is_alive(pid):
+    """Whether there is a process of this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def from_rank_0(work, *args):
+    """What work(*args) returns or raises on rank 0, on every rank. The others only wait."""
+    if SIZE == 1:
+        return work(*args)
+    outcome = [None]
+    if RANK == 0:
+        try:
+            outcome = [work(*args)]
+        except (UserError, OSError, SystemExit) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+    if isinstance(outcome[0], BaseException):
+        if isinstance(outcome[0], SystemExit):
+            part()
+        raise outcome[0]
+    return outcome[0]
+
+
+def agree(value, op=dist.ReduceOp.MAX):
+    """The largest of the values of all ranks, numbers, or what else op makes of them."""
+    if SIZE == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, op)
+    return found.item()
+
+
+def total(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gathered(thing):
+    """[thing of each rank], on every rank."""
+    if SIZE == 1:
+        return [thing]
+    found = [None] * SIZE
+    dist.all_gather_object(found, thing)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------
+# Gradients and weights
+def is_sharded(model):
+    """Whether a model was given to shard()."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(model, layers, autocast, offload):
+    """Give this process its share of a model: of each layer, and of the rest as one group.
+
+    A layer's weights are gathered, in the dtype of autocast, while it runs. offload: the shares are
+    on the host meanwhile.
+    """
+    mesh = dist.device_mesh.init_device_mesh(model.device.type, (dist.get_world_size(),))
+    half = autocast.fast_dtype if autocast._enabled else None
+    how = {
+        "mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)}
+    for layer in layers:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    register_fsdp_forward_method(model, "loss")
+
+
+def sum_gradients(model, params):
+    """Sum the gradients of params over all ranks, in place, unless shard() has done so."""
+    if SIZE == 1 or is_sharded(model):
+        return
+    # a parameter may have met no token here, as an expert, but some on another rank
+    has = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
+    dist.all_reduce(has)
+    pending = []
+    for p, n in zip(params, has.tolist(), strict=True):
+        if n:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            pending.append(dist.all_reduce(p.grad, async_op=True))
+    for work in pending:
+        work.wait()
+
+
+def whole(tensors):
+    """Tensors by name, those that shard() has split put together on rank 0's host; on the other
+    ranks they are None."""
+    found, seen = {}, {}
+    for name, x in tensors.items():
+        if isinstance(x, DTensor):
+            if id(x) not in seen:  # tied weights once
+                full = x.detach().full_tensor()
+                seen[id(x)] = None if RANK else full.narrow(0, 0, len(full)).cpu()
+            x = seen[id(x)]
+        found[name] = x
+    return found
+
+
+def own_share(x, p):
+    """The part of a whole tensor x that goes with this rank's share of a parameter p."""
+    if not isinstance(p, DTensor) or x.shape != p.shape:
+        return x
+    rows = -(-len(x) // dist.get_world_size())
+    start = min(RANK * rows, len(x))
+    n = min(rows, len(x) - start)
+    width = x[:1].numel()
+    if "OptimState8bit" == type(x).__name__ and (start * width % 256 or n * width % 256):
+        x = x.dequantize()  # its blocks of 256 do not fit this number of processes
+    return DTensor.from_local(x.narrow(0, start, n).to(p.device), p.device_mesh, p.placements,
+                              run_check=False, shape=p.shape, stride=p.stride())
+
+
+def whole_optimizer(optimizer):
+    """The state of an optimizer, put together on rank 0, as one without shard() has it."""
+    state = optimizer.state_dict()
+    return state | {"state": {i: whole(part) for i, part in state["state"].items()}}
+
+
+def load_optimizer(optimizer, saved):
+    """Give an optimizer its part of a state of whole_optimizer(), of any number of processes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {k: own_share(x, params[i]) if isinstance(x, torch.Tensor) else x
+                 for k, x in part.items()} for i, part in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": state})
+
+
+def averaged(model):
+    """By how much to multiply a loss whose gradients shard() averages, so that they are summed."""
+    return dist.get_world_size() if is_sharded(model) else 1
+
+
+def whole_scalar(x):
+    """A number that all processes have a part of, as an ordinary tensor."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def reshard(model):
+    """Drop the weights that were gathered outside of training."""
+    if is_sharded(model):
+        model.reshard()
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """A sharded model's embeddings and head, which no layer gathers, are whole."""
+    if is_sharded(model):
+        with torch.no_grad():  # layers cannot run before the whole has run once
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        model.unshard()
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
+def share_of(n):
+    """The numbers of this process's part of n things. Each process gets as many: those that are n
+    or more are there to fill up."""
+    return torch.arange(RANK, n + -n % SIZE, SIZE)
+
+
+def share_stop(stop):
+    """If a process was told to stop, by the number of a signal in its list stop, all are."""
+    number = agree(stop[0] if stop else 0)
+    if number and not stop:
+        stop.append(number)
