@@ -4,6 +4,7 @@
   python bench.py config/phi2.py config/shapes/phi2.py --random_weights   # a GPU, no download
   python bench.py config/tiny.py --baseline             # beside plain Hugging Face code
   python bench.py config/phi2.py config/shapes/phi2.py --estimate --device=cuda --max_memory_gb=45
+  python bench.py config/phi2_lora.py config/shapes/phi2.py --estimate --cards=48:155,20:95
   python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256
   python bench.py config/tiny.py --profile=trace.json   # the ten most expensive operators
 
@@ -59,6 +60,9 @@ stage = 2  # whose step: 0 | 1 | 2 | 3
 sampling = True  # time the sampler, and plain AR decoding with the same model
 baseline = False  # in turns with ours, a plain Hugging Face step, and LLaDA's sampling loop
 estimate = False  # instead: memory by purpose, and what makes it fit; allocates nothing
+cards = ""  # for estimate: the cards of a run, each as GB:TFLOPS, the latter in bfloat16
+n_processes = 1  # for estimate with parallel=fsdp: how many share the model
+share_of_peak = 0.3  # for estimate: how much of these TFLOPS training reaches
 sweep = ""  # settings to vary: batch_size,dtype=float32,bfloat16; without values half, once, twice
 profile = ""  # file for a trace of one step, to open in chrome://tracing
 # amount
@@ -74,7 +78,7 @@ json = ""  # add the row to this file
 
 allowed = convert.allowed | {
     "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
-    "sample_steps": (1, 10**5), "threshold": (0, 1),
+    "sample_steps": (1, 10**5), "threshold": (0, 1), "share_of_peak": (0.01, 1),
     "prompts": Path, "profile": Path, "json": Path}
 
 
@@ -526,13 +530,11 @@ def estimate_step(config, process_gb):
     dtype = model_files.base_dtype(convert.use_lora, kind, convert.weights_dtype)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # as it raises
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        model = convert.DiffusionLM(lm, **convert.model_settings()).train()
+    model = model_without_weights(config, dtype)
     probe.check_length(model, convert.max_seq_length)
     with fake:
         model.to_empty(device="cpu")
-        lm.tie_weights()
+        model.lm.tie_weights()
     model.head_floats = 2**28 if kind == "cpu" else 2**26  # as in set_up_model()
     if convert.use_gradient_checkpointing:
         machine.checkpoint_layers(model)
@@ -556,9 +558,53 @@ def estimate_step(config, process_gb):
     for p in params:
         eight = convert.use_8bit_adam and p.numel() >= 4096
         parts["optimizer"] += 2 * p.numel() + p.numel() // 32 if eight else 8 * p.numel()
+    if convert.load_in_4bit:
+        count_four_bits(model, parts)
+    if convert.parallel == "fsdp":
+        count_shares(model, parts)
+    host = {}
+    if convert.cpu_offload and kind == "cuda":
+        away = ["optimizer"]
+        if convert.parallel == "fsdp":
+            away += ["weights", "gradients"]
+        host = {"host": sum(parts.pop(purpose) for purpose in away) / 1e9}
     parts = {purpose: n / 1e9 for purpose, n in parts.items()}
     parts["process"] = process_gb if kind == "cpu" else 0.0
-    return parts | {"total": sum(parts.values())}
+    return parts | {"total": sum(parts.values())} | host
+
+
+def model_without_weights(config, dtype):
+    """A DiffusionLM on the meta device, in training mode."""
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        return convert.DiffusionLM(lm, **convert.model_settings()).train()
+
+
+def count_four_bits(model, parts):
+    """Correct the bytes of a step for a frozen model in 4 bits, as bitsandbytes keeps it: a scale
+    of 8 bits for 64 weights and one of 32 for 256 such scales; one matrix at a time is unpacked."""
+    packed = [m.weight for m in convert.decoder_layers(model.lm).modules()
+              if isinstance(m, (nn.Linear, convert.Conv1D)) and not m.weight.requires_grad]
+    n, size = sum(w.numel() for w in packed), packed[0].element_size()
+    parts["weights"] += n * (1 / 2 + 1 / 64 + 4 / (64 * 256) - size)
+    parts["activations"] += size * max(w.numel() for w in packed)
+
+
+def count_shares(model, parts):
+    """Correct the bytes of a step for one of n_processes that share weights, gradients and states
+    of the optimizer: what no layer holds is whole during a step, and two layers are at a time."""
+    for purpose in ("weights", "gradients", "optimizer"):
+        parts[purpose] /= n_processes
+    half = 2 if convert.dtype == "bfloat16" else 4
+    params = {id(p): p for p in model.parameters()}
+    layers = [list(layer.parameters()) for layer in convert.decoder_layers(model.lm)]
+    largest = max(layers, key=lambda layer: sum(p.numel() for p in layer))
+    rest = params.keys() - {id(p) for layer in layers for p in layer}
+    for group, times in ([params[key] for key in rest], 1), (largest, 2):
+        trained = sum(p.numel() for p in group if p.requires_grad)
+        parts["activations"] += times * half * sum(p.numel() for p in group)  # gathered
+        parts["gradients"] += half * trained  # whole, before they are shared out ...
+    parts["gradients"] += 4 * sum(p.numel() for p in largest if p.requires_grad)  # ... in float32
 
 
 def memory_savers(config, limit_gb, process_gb):
@@ -567,14 +613,19 @@ def memory_savers(config, limit_gb, process_gb):
     def gb(changes):
         return estimate_memory(config, off | changes, process_gb)["total"]
 
-    off = {"use_8bit_adam": False, "use_gradient_checkpointing": False}
+    off = {"use_8bit_adam": False, "use_gradient_checkpointing": False, "load_in_4bit": False,
+           "weights_dtype": "float32", "cpu_offload": False}
     savers = [{"use_8bit_adam": True}, {"use_gradient_checkpointing": True}]
     size, accumulation = convert.batch_size, convert.gradient_accumulation_steps
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
         savers.append({"batch_size": size, "gradient_accumulation_steps": accumulation})
+    if not convert.use_lora and convert.parallel != "fsdp":
+        savers.append({"weights_dtype": "bfloat16", "use_8bit_adam": True})
     if convert.diffusion_loss_weight and convert.use_bidirectional_attention:
-        savers.append({"use_lora": True})  # last, as it changes what is trained
+        # last, as they change what is trained
+        savers.append({"use_lora": True, "weights_dtype": "float32"})
+        savers.append({"use_lora": True, "weights_dtype": "float32", "load_in_4bit": True})
     on, total = {}, gb({})
     found = [(on, total)]
     for saver in savers:
@@ -604,8 +655,46 @@ def measure_memory(limit_gb, loaded_gb=0.0):
         print(f"{gb:8.2f} GB  {flags or 'without memory savers'}")
     print(f"{'fits' if fits else 'does not fit'} {limit_gb:.1f} GB (max_memory_gb); largest "
           f"batch_size then: {largest}")
-    return {"estimate_gb": parts, "fits": fits, "largest_batch": largest, "limit_gb": limit_gb,
-            "ladder": [{"means": on, "gb": gb} for on, gb in found]}
+    row = {"estimate_gb": parts, "fits": fits, "largest_batch": largest, "limit_gb": limit_gb,
+           "ladder": [{"means": on, "gb": gb} for on, gb in found]}
+    return row | plan_cards(config, process_gb) if cards else row
+
+
+def plan_cards(config, process_gb):
+    """The best rank_batch_sizes for cards, and the hours of the run on them, printed: of all sizes
+    that fit the cards and divide the windows of a step."""
+    with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
+        known = [tuple(map(float, card.split(":"))) for card in cards.split(",")]
+    n = convert.batch_size * convert.gradient_accumulation_steps
+    one, two = (estimate_memory(config, {"batch_size": size}, process_gb)["total"]
+                for size in (1, 2))
+    largest = [min(n, 16, math.floor(1 + (gb - 3 - one) / (two - one))) for gb, _ in known]
+    best = None
+    for sizes in itertools.product(*(range(1, size + 1) for size in largest)):
+        # a step waits for the slowest card; of equals the smallest
+        seconds = max(size / tflops for size, (_, tflops) in zip(sizes, known, strict=True))
+        seconds *= n / sum(sizes)
+        if n % sum(sizes) == 0 and (best is None or seconds < 0.99 * best[0]):
+            best = seconds, sizes
+    if not best:
+        print(f"cards: a step does not fit {cards} as set, or {n} windows cannot be shared out")
+        return {"cards": cards, "hours": None}
+    hours = best[0] / n * run_tflop(config) / share_of_peak / 3600
+    sizes = ",".join(map(str, best[1]))
+    print(f"cards: rank_batch_sizes={sizes}; {hours:.1f} hours at {share_of_peak:.0%} of the "
+          "cards' peak, without evaluation and on-policy text")
+    return {"cards": cards, "rank_batch_sizes": sizes, "hours": hours}
+
+
+def run_tflop(config):
+    """The matrix products and attention of a whole run, in 10^12 operations."""
+    model, total = model_without_weights(config, torch.float32), 0.0
+    for stage in convert.make_stages(convert.max_train_samples):
+        if stage["steps"]:
+            convert.freeze(model, stage["trains"])
+            passes = sum(make_passes(model, stage, times_of_step(0)), [])
+            total += stage["steps"] * (step_flops(model, passes) or math.nan) / 1e12
+    return total
 
 
 def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):

@@ -185,6 +185,7 @@ def run(main, rank=0, lost=lambda error: None, scope=None):
     if sys.stdout:  # not closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; training has its own
+    stderr = sys.stderr  # main() silences those of all processes but the first
     try:
         if {"--help", "-h"} & set(sys.argv):
             return print_help(scope or main.__globals__, sys.argv[1:])
@@ -192,7 +193,6 @@ def run(main, rank=0, lost=lambda error: None, scope=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        sys.stderr = sys.__stderr__  # quiet in all processes but the first
         text = " ".join(str(error).split())[:500] or type(error).__name__
         if out_of_memory(error):
             text += ("; shorter or fewer windows, a smaller model, --use_8bit_adam, "
@@ -204,5 +204,7 @@ def run(main, rank=0, lost=lambda error: None, scope=None):
         if rank:  # the same mistake is told by the first process, which ends this one
             time.sleep(5)
             text += f" (rank {rank})"
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text}", file=stderr)
         sys.exit(error.code if isinstance(error, UserError) else RunError.code)
+    finally:
+        sys.stderr = stderr  # a bug's traceback is told by every process

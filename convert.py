@@ -182,7 +182,6 @@ def check_settings():
             use_lora and stage0_epochs,
         "load_in_4bit: such weights cannot be trained; add --use_lora":
             load_in_4bit and not use_lora,
-        "load_in_4bit: not with random weights (model_config)": load_in_4bit and model_config,
         "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
             load_in_4bit and parallel == "fsdp",
         "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
@@ -949,6 +948,8 @@ def make_optimizer(params, use_8bit):
         print("use_8bit_adam: not on mps, where AdamW has 32-bit states")
     elif use_8bit and (sharded or weights_dtype == "bfloat16"):
         from torchao.optim import AdamW8bit  # slow to import
+        # torch 2.13 takes what it compiled for states of 32 bits for those of 8 bits, too
+        torch._functorch.config.enable_autograd_cache = False
         return AdamW8bit(groups, bf16_stochastic_round=not sharded, **how)
     elif use_8bit or cpu_offload and kind == "cuda" and not sharded:
         from bitsandbytes import optim  # slow to import

@@ -75,8 +75,9 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
         return merge_adapter(name, tokenizer_name, weights_dtype)
     if revision:
         where["revision"] = revision
-    if four_bits and "gguf_file" in where:
-        raise UserError("load_in_4bit: not with a .gguf file; take a folder of Hugging Face's")
+    if four_bits and (config_json or "gguf_file" in where):
+        raise UserError("load_in_4bit: needs a folder or hub name of a Hugging Face model, not "
+                        "a model_config or a .gguf file")
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":

@@ -27,6 +27,7 @@ SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many processes
 RESTARTS = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if LAUNCHED else 0
 
 members = []  # (host, process id) of each rank
+stores = []  # the one through which they found one another
 
 
 def join(device):
@@ -37,6 +38,7 @@ def join(device):
     if LAUNCHED:  # a start of its own for each restart, whose addresses differ
         store = dist.PrefixStore(f"start {RESTARTS}", next(dist.rendezvous("env://"))[0])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    stores.append(store)
     # nobody is waited for in vain: torchrun ends all when one has died. But tokenising takes hours
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1), world_size=SIZE,
                             rank=RANK, store=store)
@@ -45,9 +47,12 @@ def join(device):
 
 
 def part():
-    """End the connection, when all have come this far: else some would end in the midst of it."""
+    """End the connection when all processes have come this far. They count up to it in the store of
+    torchrun, as a barrier fails in a process whose neighbour leaves it first."""
     if dist.is_initialized():
-        dist.barrier()
+        stores[0].add("parted", 1)
+        while stores[0].add("parted", 0) < SIZE:
+            time.sleep(0.05)
         dist.destroy_process_group()
 
 
@@ -173,38 +178,78 @@ def whole(tensors):
         if isinstance(x, DTensor):
             if id(x) not in seen:  # tied weights once
                 full = x.detach().full_tensor()
-                seen[id(x)] = None if RANK else full.narrow(0, 0, len(full)).cpu()
+                seen[id(x)] = None if RANK else full[:].cpu()  # waits for it
             x = seen[id(x)]
         found[name] = x
     return found
 
 
-def own_share(x, p):
-    """The part of a whole tensor x that goes with this rank's share of a parameter p."""
-    if not isinstance(p, DTensor) or x.shape != p.shape:
-        return x
-    rows = -(-len(x) // dist.get_world_size())
-    start = min(RANK * rows, len(x))
-    n = min(rows, len(x) - start)
-    width = x[:1].numel()
-    if "OptimState8bit" == type(x).__name__ and (start * width % 256 or n * width % 256):
-        x = x.dequantize()  # its blocks of 256 do not fit this number of processes
-    return DTensor.from_local(x.narrow(0, start, n).to(p.device), p.device_mesh, p.placements,
-                              run_check=False, shape=p.shape, stride=p.stride())
-
-
 def whole_optimizer(optimizer):
-    """The state of an optimizer, put together on rank 0, as one without shard() has it."""
-    state = optimizer.state_dict()
-    return state | {"state": {i: whole(part) for i, part in state["state"].items()}}
+    """The state of an optimizer on rank 0, as one without shard() has it. But 8-bit states are kept
+    as the parts of the processes, as the whole would have other blocks of 256 numbers."""
+    state, gather = optimizer.state_dict(), whole
+    if type(optimizer).__module__.startswith("torchao"):
+        gather = parts
+    return state | {"state": {i: gather(entry) for i, entry in state["state"].items()}}
+
+
+def parts(tensors):
+    """Tensors by name; of one that shard() has split, on rank 0, {"parts": those of all ranks}, in
+    8 bits as (codes, scale, qmap, signed)."""
+    found = dict(tensors)
+    for name, x in tensors.items():
+        if isinstance(x, DTensor):
+            local, gathered = x.to_local(), None
+            if type(local).__name__ == "OptimState8bit":
+                local = local.codes.cpu(), local.scale.cpu(), local.qmap.cpu(), local.signed
+            if RANK == 0:
+                gathered = [None] * dist.get_world_size()
+            dist.gather_object(local, gathered)
+            found[name] = {"parts": gathered}
+    return found
 
 
 def load_optimizer(optimizer, saved):
     """Give an optimizer its part of a state of whole_optimizer(), of any number of processes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {k: own_share(x, params[i]) if isinstance(x, torch.Tensor) else x
-                 for k, x in part.items()} for i, part in saved["state"].items()}
+    state = {i: {name: own_part(x, params[i]) for name, x in entry.items()}
+             for i, entry in saved["state"].items()}
     optimizer.load_state_dict(saved | {"state": state})
+
+
+def own_part(x, p):
+    """What goes with this process's share of a parameter p, of x in whole_optimizer()'s state."""
+    if isinstance(x, dict):
+        local = own_eight_bits(x["parts"], p)
+    elif isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.shape == p.shape:
+        local = own_rows(x)
+    else:
+        return x
+    return DTensor.from_local(local.to(p.device), p.device_mesh, p.placements, run_check=False,
+                              shape=p.shape, stride=p.stride())
+
+
+def own_rows(x):
+    """This process's rows of a tensor, as shard() splits it."""
+    n = -(-len(x) // dist.get_world_size())
+    return x[RANK * n:(RANK + 1) * n]
+
+
+def own_eight_bits(parts, p):
+    """This process's part of a state that parts() gathered. From another number of processes it is
+    quantised anew."""
+    from torchao.optim.subclass_8bit import OptimState8bit  # slow to import
+    signed = None
+    for i, part in enumerate(parts):
+        if isinstance(part, (tuple, list)):
+            parts[i], signed = OptimState8bit(*part), part[3]
+    if len(parts) == dist.get_world_size():
+        return parts[RANK]
+    floats = [part.dequantize() if isinstance(part, OptimState8bit) else part for part in parts]
+    local = own_rows(torch.cat(floats))
+    if signed is None or local.numel() < 4096 or local.numel() % 256:
+        return local
+    return OptimState8bit.zeros(local.shape, signed).copy_(local)
 
 
 def averaged(model):

@@ -1273,7 +1273,7 @@ WRONG_SETTINGS = """--learning_rte=1e-3>learning_rate --batch_size=0 --batch_siz
     --save_step=1>save_steps --device=gpu --lm_loss_weight=1e300 --out_dir>--out_dir=...
     --max_steps=100000000000000000000 --sample_prompt=\udcff>UTF-8
     --use_flash_attention=1>SDPA --pin_memory=1>memory-mapped --dataloader_num_workers=1>index
-    --use_deepspeed=1>use_lora --cpu_offload=1>device --model_type=1>JSON
+    --use_deepspeed=1>parallel --bits=4>load_in_4bit --model_type=1>JSON
     --hidden_size=1>JSON --per_device_train_batch_size=1>windows --bf16=1>--dtype=bfloat16
     --num_train_epochs=1>stage2_epochs --max_length=1>here:"""
 FILES = {"learning_rte = 1": "learning_rate", "batch_size = '4'": "batch_size",
