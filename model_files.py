@@ -222,7 +222,8 @@ def is_intact(folder):
         saved = (folder / "SHA256SUMS").read_text().splitlines()
     except (OSError, ValueError):  # gone, or not text
         return False
-    return (folder / "training.pt").exists() and checksums(folder).issuperset(saved)
+    listed = any(line.endswith("  training.pt") for line in saved)  # not so in an empty one
+    return listed and checksums(folder).issuperset(saved)
 
 
 def whole_tensors(model):
