@@ -100,6 +100,9 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
             missing = sorted(report["missing_keys"] or report["mismatched_keys"])
             if missing:
                 raise ValueError(f"it lacks weights: {missing[:3]}")
+    broken = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"model_name: '{name}' has weights that are not finite: {broken[:3]}")
     end_ids(lm, tokenizer)  # an error now, not after the training
     if "gguf_file" in where:  # dequantised while loading: from here on an ordinary model
         lm.hf_quantizer = None
