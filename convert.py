@@ -1738,6 +1738,9 @@ def read_record(folder):
         record = json.loads((Path(folder) / "diffusion.json").read_text())
         for key in ("model", "max_seq_length", "settings", "state", "versions"):
             record[key]  # all that is needed is there
+        state = new_state() | record["state"]
+        if any(type(state[k]) is not type(v) for k, v in new_state().items() if v is not None):
+            raise ValueError("its state is of another version")
         values = record["model"] | {"max_seq_length": record["max_seq_length"]}
         for name in settings_in(globals()).keys() & values:
             check_value(name, values[name], globals(), allowed.get(name), folder)
