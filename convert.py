@@ -1392,8 +1392,9 @@ def log_row(row, text, stage, state, log):
     tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{log['steps']}  "
                + text.format(**row))
     not_finite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    log["file"].write(json.dumps(where | row | dict.fromkeys(not_finite)) + "\n")  # as null
-    log["file"].flush()
+    with errors_as(f"out_dir: cannot write {log['file'].name}", RunError):
+        log["file"].write(json.dumps(where | row | dict.fromkeys(not_finite)) + "\n")  # as null
+        log["file"].flush()
     if log["wandb"]:
         log["wandb"].log(where | row, step=state["total"])
 
