@@ -1355,8 +1355,9 @@ def open_log(out, state, stages, limit_gb):
 
 def open_log_file(out, state):
     """training_logs.jsonl of open_log(); what a killed save left in out is removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "training_logs.jsonl", "a")
+    with errors_as(f"out_dir: cannot write to '{out}'"):
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "training_logs.jsonl", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
     except BlockingIOError:
@@ -1474,7 +1475,8 @@ def try_to_save(model, out, checkpoint_dir):
     """Save the model as it came and remove it again: what cannot be saved shows before the work."""
     if model.base or checkpoint_dir:  # is not saved, or was saved before
         return
-    out.mkdir(parents=True, exist_ok=True)
+    with errors_as(f"out_dir: cannot write to '{out}'"):
+        out.mkdir(parents=True, exist_ok=True)
     folder = out / ".untouched.tmp"
     try:
         with errors_as("model_name: this model cannot be saved"), model.original_model() as lm:
