@@ -668,7 +668,8 @@ def plan_cards(config, process_gb):
     n = convert.batch_size * convert.gradient_accumulation_steps
     one, two = (estimate_memory(config, {"batch_size": size}, process_gb)["total"]
                 for size in (1, 2))
-    largest = [min(n, 16, math.floor(1 + (gb - 3 - one) / (two - one))) for gb, _ in known]
+    # 2 GB are left for the driver
+    largest = [min(n, 16, math.floor(1 + (gb - 2 - one) / (two - one))) for gb, _ in known]
     best = None
     for sizes in itertools.product(*(range(1, size + 1) for size in largest)):
         # a step waits for the slowest card; of equals the smallest
