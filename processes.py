@@ -104,12 +104,12 @@ def from_rank_0(work, *args):
     return outcome[0]
 
 
-def agree(value, op=dist.ReduceOp.MAX):
-    """The largest of the values of all ranks, numbers, or what else op makes of them."""
+def largest(value):
+    """The largest of the numbers that the ranks have."""
     if SIZE == 1:
         return value
     found = torch.tensor(value)
-    dist.all_reduce(found, op)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
 
 
@@ -143,7 +143,7 @@ def shard(model, layers, autocast, offload):
     on the host meanwhile.
     """
     mesh = dist.device_mesh.init_device_mesh(model.device.type, (dist.get_world_size(),))
-    half = autocast.fast_dtype if autocast._enabled else None
+    half = None if autocast.fast_dtype == torch.float32 else autocast.fast_dtype
     how = {
         "mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)}
@@ -225,8 +225,9 @@ def own_part(x, p):
         local = own_rows(x)
     else:
         return x
-    return DTensor.from_local(local.to(p.device), p.device_mesh, p.placements, run_check=False,
-                              shape=p.shape, stride=p.stride())
+    found = DTensor.from_local(local.to(p.device), p.device_mesh, p.placements, run_check=False,
+                               shape=p.shape, stride=p.stride())
+    return found.to(p.device)  # of shares on the host: from_local() moves them to the mesh's device
 
 
 def own_rows(x):
@@ -289,6 +290,6 @@ def share_of(n):
 
 def share_stop(stop):
     """If a process was told to stop, by the number of a signal in its list stop, all are."""
-    number = agree(stop[0] if stop else 0)
+    number = largest(stop[0] if stop else 0)
     if number and not stop:
         stop.append(number)

@@ -13,7 +13,7 @@ SAVERS = "compile_model", "use_8bit_adam", "use_gradient_checkpointing"
 KINDS = "block_size", "use_lora"
 BATCH = "batch_size", "gradient_accumulation_steps"
 WORDS = {"use_8bit_adam": "8-bit Adam", "use_gradient_checkpointing": "checkpointing",
-         "use_lora": "adapters"}
+         "use_lora": "adapters", "load_in_4bit": "4-bit base"}
 
 
 def rows_of(name):
@@ -164,6 +164,8 @@ def savers(row):
         return "no"
     step = row["ladder"][-1]
     on = [WORDS[name] for name, value in step["means"].items() if value and name in WORDS]
+    if step["means"].get("weights_dtype") == "bfloat16":
+        on.append("bfloat16 weights")
     if "batch_size" in step["means"]:
         on.append(f"`batch_size={step['means']['batch_size']}`")
     batch = f", batch up to {row['largest_batch']}" if row["largest_batch"] else ""
@@ -183,10 +185,28 @@ def cards():
     return table(["model", "baseline", *(f"{round(limit) + 3} GB" for limit in limits)], *lines)
 
 
+def sizes():
+    """The least and the comfortable cards for a model, what a step takes, the hours of a run."""
+    names = {"1b": "1B", "llama3b": "3B", "llama7b": "7B", "llama13b": "13B"}
+    rows = []
+    for r in rows_of("bench_sizes.jsonl"):
+        s, all_cards = r["settings"], r["cards"].split(",")
+        card = f"{all_cards[0].split(':')[0]} GB"
+        on = [WORDS[name] for name in WORDS if s[name]]
+        if s["weights_dtype"] == "bfloat16":
+            on.append("bfloat16 weights")
+        if s["parallel"]:
+            on.append(s["parallel"])
+            card = f"{len(all_cards)} x {card}"
+        rows.append([names[r["name"].split()[-1]], card, f"{r['estimate_gb']['total']:.1f}",
+                     str(s["batch_size"]), ", ".join(on), f"{r['hours']:.0f}"])
+    return table(["", "cards", "GB on each", "`batch_size`", "switched on", "hours"], *rows)
+
+
 PAGES = {
-    "README.md": [blocks, stages, gpu],
+    "README.md": [blocks, stages, sizes],
     "assets/blocks.md": [ablation, masks, sampling],
-    "assets/memory.md": [cards, estimates, speed],
+    "assets/memory.md": [cards, estimates, gpu, speed],
 }
 
 
