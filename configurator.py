@@ -201,8 +201,8 @@ def run(main, rank=0, lost=lambda error: None, scope=None):
             text = lost(error)
             if not text:
                 raise  # a bug: its traceback is wanted
-        if rank:  # the same mistake is told by the first process, which ends this one
-            time.sleep(5)
+        if rank:  # the same mistake is told by the first process, and torchrun ends this one
+            time.sleep(20)  # on a busy machine that takes a while
             text += f" (rank {rank})"
         print(f"error: {text}", file=stderr)
         sys.exit(error.code if isinstance(error, UserError) else RunError.code)
