@@ -539,7 +539,10 @@ def test_what_a_checkpoint_should_not_hold_is_ignored_or_one_line(run, whole, fa
         assert [model_files.checksums(folder) for folder in folders] == before
     else:
         check_whole(whole)
-    see(fault, outcome)
+    rows, found = rows_of(whole / "out"), rows_of("out")
+    assert found == rows[:len(found)]  # cut back to the checkpoint, if that was not refused at once
+    n = len(rows) - len(found)
+    see(fault, outcome, lost=f"{n} rows of the log after the checkpoint" if n else "nothing")
 
 
 @faults(["a checkpoint is another model's"])
