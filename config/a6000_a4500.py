@@ -4,9 +4,9 @@
 # Estimated, not measured: each card has the whole model and of each 8 windows takes 5 and 3, as
 # bench.py --estimate --cards=48:155,20:95 proposes. Gradients of adapters are small, so the pair
 # is 1.6 times as fast as the A6000 alone.
-# Full training of Phi-2 is not faster on the pair: a replica does not fit the A4500, and shares of
-# it (--parallel=fsdp) move 11 GB through PCIe for each micro-batch, which takes about as long as
-# the second card saves. There take config/single_a6000.py.
+# Not for full training of Phi-2: a replica does not fit the A4500, and shares of it
+# (--parallel=fsdp) barely do and move 11 GB through PCIe for each micro-batch, which may take as
+# long as the second card saves. There take config/single_a6000.py.
 parallel = "ddp"
 rank_batch_sizes = "5,3"
 gradient_accumulation_steps = max(1, batch_size * gradient_accumulation_steps // 8)
