@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from json import dumps
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -121,7 +122,8 @@ def our_training():
     state = {"step": 0, "stage": stage, "micro_batch": convert.batch_size,
              "checkpointing": convert.use_gradient_checkpointing,
              "adam_8bit": convert.use_8bit_adam}
-    convert.set_up_model(model, state["checkpointing"], autocast)
+    settings = SimpleNamespace(**all_settings())
+    machine.set_up_model(model, settings, state["checkpointing"], autocast)
     chosen = convert.make_stages(1)[stage] | {"steps": 10**6, "warmup": 0, "n_on_policy": 0}
     training = convert.set_up_training(model, chosen, state, None)
     data = np.random.default_rng(0).integers(0, model.mask_id, (1000, convert.max_seq_length))

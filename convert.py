@@ -10,31 +10,26 @@
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, model_files.py, probe.py, machine.py and processes.py, and, where it reads settings,
-after main().
+corpus.py, model_files.py, runs.py, probe.py, machine.py and processes.py, and after main().
 """
 import contextlib
 import copy
-import fcntl
 import functools
 import hashlib
-import json
 import math
 import os
-import shutil
 import sys
 import time
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -45,17 +40,17 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 import processes
-from configurator import (
-    RunError, UserError, check_value, configure, errors_as, first_line, out_of_memory, run,
-    settings_in)
-from corpus import ar_continue, encode_prompt, left_out, opening, read_corpus, tokenise
+import runs
+from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
+from corpus import ar_continue, append_windows, encode_prompt, load_data, read_windows
 from machine import (
-    checkpoint_layers, leave, limit_memory, memory_gb, pick_autocast, pick_device, stop_on_signal,
-    try_flex_attention)
-from model_files import (
-    base_dtype, checkpoints, is_intact, load_base, load_hf, our_tensors, recover, reference,
-    resolve_model, save_folder, whole_tensors)
+    checkpoint_layers, choose_parallel, leave, pick_autocast, set_up_device, set_up_model,
+    stop_on_signal)
+from model_files import base_dtype, load_base, load_hf, our_tensors, reference, resolve_model
 from probe import decoder_layers, probe, rounding
+from runs import (
+    check_disk, find_checkpoint, load_training, log_row, log_step, open_log, print_plan, save,
+    try_to_save)
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -155,55 +150,6 @@ allowed |= {
     "dataset_name": Path, "tokenizer_name": Path, "max_seq_length": (2, 10**6),
     "num_timesteps": (1, 10**6), "seed": (0, 2**31),
 }
-
-
-def check_settings():
-    """Raise UserError for settings that contradict one another."""
-    causal, own_text = not use_bidirectional_attention, on_policy_tokens > 0
-    mistakes = {
-        "distill_weight: needs a block_size": distill_weight and not block_size,
-        "full_mask_share: needs a block_size": full_mask_share and not block_size,
-        "block_size: needs use_bidirectional_attention": block_size and causal,
-        "use_lora: needs use_bidirectional_attention": use_lora and causal,
-        "block_size: 1 is the AR model; take 0 (the whole window) or more": block_size == 1,
-        f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}":
-            block_size and max_seq_length % block_size,
-        f"lm_loss_stages: stages in a row, as 3 or 123, not '{lm_loss_stages}'":
-            not set(lm_loss_stages) <= set("123"),
-        "diffusion_loss_weight: 0 leaves nothing to train for use_lora or on_policy_tokens":
-            not diffusion_loss_weight and (use_lora or own_text),
-        "diffusion_loss_weight: 0 needs an lm_loss_weight":
-            not diffusion_loss_weight and not lm_loss_weight,
-        "on_policy_share: on its own text alone the AR model would forget; take less than 1, as "
-        "--on_policy_share=0.25, or --use_lora": own_text and on_policy_share == 1 and not use_lora,
-        "on_policy_share: one window cannot be shared; take more gradient_accumulation_steps":
-            own_text and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1,
-        "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
-            use_lora and stage0_epochs,
-        "load_in_4bit: such weights cannot be trained; add --use_lora":
-            load_in_4bit and not use_lora,
-        "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
-            load_in_4bit and parallel == "fsdp",
-        "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
-            use_lora and weights_dtype != "float32",
-        "weights_dtype: bfloat16 needs use_8bit_adam, which rounds them stochastically":
-            weights_dtype == "bfloat16" and not use_8bit_adam,
-        "weights_dtype: bfloat16 trains with dtype bfloat16 or float32":
-            weights_dtype == "bfloat16" and dtype == "float16",
-        "weights_dtype: bfloat16 not with parallel=fsdp, whose shares are small; take float32":
-            weights_dtype == "bfloat16" and parallel == "fsdp",
-        "cpu_offload: not with weights_dtype=bfloat16; take one of them":
-            cpu_offload and weights_dtype == "bfloat16",
-        "dtype: float16 not with parallel=fsdp; take bfloat16":
-            dtype == "float16" and parallel == "fsdp",
-        "rank_batch_sizes: needs torchrun": rank_batch_sizes and processes.SIZE == 1,
-        "auto_memory: not with several processes": auto_memory and processes.SIZE > 1,
-    }
-    for mistake, made in mistakes.items():
-        if made:
-            raise UserError(mistake)
-    if use_lora and stage3_epochs:
-        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1003,7 +949,7 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
         # the linear schedule makes all counts of masks equally likely, which has least variance
         batch = loss_weights(x0, u, noise, model, diffusion, ar, 0, "linear", first_known)
         total = torch.zeros(len(x0), device=model.device)  # by window
-        always = passes_of_all(batch, model)
+        always = processes.passes_of_all(batch, model)
         for windows in processes.share_of(len(x0)).split(micro_batch):
             part = [x[windows % len(x0)] for x in batch]
             for weights in part[3:]:
@@ -1061,7 +1007,7 @@ def train_step(model, training, autocast, stage, x0, state):
                             full_mask_share)
     batch = loss_weights(x0, u, noise, model, stage["diffusion"], stage["ar"],
                          stage["n_on_policy"])  # of all windows at once, on the CPU
-    always = passes_of_all(batch, model)
+    always = processes.passes_of_all(batch, model)
     batch = [x[share_of_step()[0]] for x in batch]  # from here on this process's own windows
 
     def forward_backward(micro_batch):
@@ -1099,29 +1045,27 @@ def main(argv):
     processes.be_quiet()
     config_files = configure(globals(), argv, allowed)
     check_settings()
+    s = SimpleNamespace(**settings_in(globals()))  # for the functions of other modules
     torch.autograd.set_detect_anomaly(debug)  # says which operation made a NaN
     name = config_files[0] if config_files else model_name.removesuffix("/final")
     out = Path(out_dir or f"outputs/{Path(name).name.removesuffix('.py')}_diffusion")
-    device, autocast, limit_gb = set_up_device()
-    # state: what a resume needs beside weights
-    state, checkpoint_dir = processes.from_rank_0(find_checkpoint, out)
+    device, autocast, limit_gb = set_up_device(s)
+    state, checkpoint_dir = processes.from_rank_0(find_checkpoint, out, s, allowed)
     if processes.SIZE > 1:
         state["micro_batch"] = share_of_step()[1]
 
     # model and data
     torch.manual_seed(seed)  # for what has random weights
-    if checkpoint_dir:
-        model, tokenizer = load_model(checkpoint_dir, device, model_settings())
-    else:
-        model, tokenizer = load_model(model_name, device, model_settings(), tokenizer_name,
-                                      model_config)
+    source = (checkpoint_dir,) if checkpoint_dir else (model_name, tokenizer_name, model_config)
+    model, tokenizer = load_model(source[0], device, model_settings(), *source[1:])
     encode_prompt(model, tokenizer, sample_prompt, 32)  # if it is too long, that shows now
     probe_report = probe(model.to(device), max_seq_length)
-    train_data, val_data, data_report = load_data(tokenizer, state)
+    train_data, val_data, data_report = load_data(tokenizer, s, state)
     stages = make_stages(len(train_data))
-    print_plan(model, stages, probe_report, train_data, val_data, data_report)
-    disk_gb = check_disk(model, out)
-    set_up_model(model, state["checkpointing"], autocast)
+    trained = count_trained(model, stages)
+    print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report)
+    disk_gb = check_disk(model, out, s, trained["everything"])
+    set_up_model(model, s, state["checkpointing"], autocast)
     model.train()
     if dry_run:
         from bench import print_cost  # bench.py imports this module, so not before
@@ -1130,13 +1074,11 @@ def main(argv):
 
     # the run
     processes.from_rank_0(try_to_save, model, out, checkpoint_dir)
-    log = open_log(out, state, stages, limit_gb)
+    log = open_log(out, s, state, stages, limit_gb)
     stop = stop_on_signal()
-    if choose_parallel(model, limit_gb) == "fsdp":
+    if choose_parallel(model, s, limit_gb) == "fsdp":
         processes.shard(model, decoder_layers(model.lm), autocast, cpu_offload)
-    saved, own_text = None, {}  # windows that the model itself wrote, for training and held out
-    if checkpoint_dir:
-        saved, own_text = load_training(checkpoint_dir, state, model)
+    saved, own_text = load_training(checkpoint_dir, s, state, model)
     state["sharded"] = processes.is_sharded(model)
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
@@ -1144,10 +1086,7 @@ def main(argv):
             state["stage"], state["step"], saved = state["stage"] + 1, 0, None
             continue
         if stage["n_on_policy"] and not own_text:
-            write = functools.partial(on_policy_windows, model, tokenizer, out=out, stop=stop)
-            own_text = {"train": write(train_data, on_policy_tokens)}
-            if on_policy_share == 1:  # nothing is learned from the data: nothing is measured on it
-                own_text["held"] = write(val_data, 0)
+            own_text = write_own_text(model, tokenizer, train_data, val_data, out, stop)
         val_data = own_text.get("held", val_data)
         training, saved = set_up_training(model, stage, state, saved), None
         while state["step"] < stage["steps"]:
@@ -1167,113 +1106,84 @@ def main(argv):
             state["step"] += 1
             state["total"] += 1
             state["tokens"] += x0.numel()
-            log_step(loss, norm, lr, seconds, stage, state, log, device)
+            log_step(loss, norm, lr, seconds, s, stage, state, log, device)
             last = state["step"] == stage["steps"]
             processes.share_stop(stop)
             if last or stop or save_steps and state["total"] % save_steps == 0:
-                save(out, f"checkpoint_{state['total']}", model, tokenizer, state, log, training,
-                     own_text)
+                save(out, f"checkpoint_{state['total']}", model, tokenizer, s, model_settings(),
+                     state, log, training, own_text)
             if stop:
                 leave(stop)
         state["stage"], state["step"] = state["stage"] + 1, 0
     log["bar"].close()
-    trained = [stage for stage in stages if stage["steps"]]
-    evaluate_and_log(model, tokenizer, val_data, autocast, trained[-1], state, log)
-    save(out, "final", model, tokenizer, state, log)
+    last_stage = [stage for stage in stages if stage["steps"]][-1]
+    evaluate_and_log(model, tokenizer, val_data, autocast, last_stage, state, log)
+    save(out, "final", model, tokenizer, s, model_settings(), state, log)
     print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
     processes.part()
 
 
 # ----------------------------------------------------------------------------------------------
-# From here on: plumbing, to be read when needed. First the machine
-def set_up_device():
-    """(device, autocast, memory limit in GB) from the settings."""
-    found = pick_device(device, processes.LOCAL_RANK if processes.LAUNCHED else None)
-    if processes.LAUNCHED or parallel == "fsdp":
-        processes.join(found)
-    if auto_memory and found.type == "cpu":
-        raise UserError("auto_memory: not on a CPU, where nothing tells when memory runs out; "
-                        "bench.py --estimate says what to switch on")
-    autocast = pick_autocast(found, dtype, cache=False)
-    limit_gb = limit_memory(found, max_memory_gb)
-    print(f"device: {found}, {autocast.fast_dtype}, {limit_gb:.1f} GB")
-    return found, autocast, limit_gb
+# From here on: plumbing, to be read when needed
+def check_settings():
+    """Raise UserError for settings that contradict one another."""
+    causal, own_text = not use_bidirectional_attention, on_policy_tokens > 0
+    mistakes = {
+        "distill_weight: needs a block_size": distill_weight and not block_size,
+        "full_mask_share: needs a block_size": full_mask_share and not block_size,
+        "block_size: needs use_bidirectional_attention": block_size and causal,
+        "use_lora: needs use_bidirectional_attention": use_lora and causal,
+        "block_size: 1 is the AR model; take 0 (the whole window) or more": block_size == 1,
+        f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}":
+            block_size and max_seq_length % block_size,
+        f"lm_loss_stages: stages in a row, as 3 or 123, not '{lm_loss_stages}'":
+            not set(lm_loss_stages) <= set("123"),
+        "diffusion_loss_weight: 0 leaves nothing to train for use_lora or on_policy_tokens":
+            not diffusion_loss_weight and (use_lora or own_text),
+        "diffusion_loss_weight: 0 needs an lm_loss_weight":
+            not diffusion_loss_weight and not lm_loss_weight,
+        "on_policy_share: on its own text alone the AR model would forget; take less than 1, as "
+        "--on_policy_share=0.25, or --use_lora": own_text and on_policy_share == 1 and not use_lora,
+        "on_policy_share: one window cannot be shared; take more gradient_accumulation_steps":
+            own_text and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1,
+        "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
+            use_lora and stage0_epochs,
+        "load_in_4bit: such weights cannot be trained; add --use_lora":
+            load_in_4bit and not use_lora,
+        "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
+            load_in_4bit and parallel == "fsdp",
+        "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
+            use_lora and weights_dtype != "float32",
+        "weights_dtype: bfloat16 needs use_8bit_adam, which rounds them stochastically":
+            weights_dtype == "bfloat16" and not use_8bit_adam,
+        "weights_dtype: bfloat16 trains with dtype bfloat16 or float32":
+            weights_dtype == "bfloat16" and dtype == "float16",
+        "weights_dtype: bfloat16 not with parallel=fsdp, whose shares are small; take float32":
+            weights_dtype == "bfloat16" and parallel == "fsdp",
+        "cpu_offload: not with weights_dtype=bfloat16; take one of them":
+            cpu_offload and weights_dtype == "bfloat16",
+        "dtype: float16 not with parallel=fsdp; take bfloat16":
+            dtype == "float16" and parallel == "fsdp",
+        "rank_batch_sizes: needs torchrun": rank_batch_sizes and processes.SIZE == 1,
+        "auto_memory: not with several processes": auto_memory and processes.SIZE > 1,
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            raise UserError(mistake)
+    if use_lora and stage3_epochs:
+        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
 
 
 def share_of_step():
-    """(Which windows of a step are this process's, a slice; its micro-batch). UserError if they
-    cannot be shared out in whole micro-batches."""
-    sizes = [batch_size] * processes.SIZE
-    if rank_batch_sizes:
-        with errors_as(f"rank_batch_sizes: '{rank_batch_sizes}' is not like 3,1"):
-            sizes = [int(size) for size in rank_batch_sizes.split(",")]
-        if len(sizes) != processes.SIZE or min(sizes) < 1:
-            raise UserError(f"rank_batch_sizes: needs {processes.SIZE} sizes of 1 or more, one for "
-                            f"each process, not '{rank_batch_sizes}'")
-    n, together = batch_size * gradient_accumulation_steps, sum(sizes)
-    if n % together:
-        fits = [x for x in (n // together * together, -(-n // together) * together) if x]
-        raise UserError(
-            f"gradient_accumulation_steps: a step of {n} windows cannot be shared by processes "
-            f"that take {together} at a time; {' or '.join(map(str, fits))} windows can: "
-            "batch_size times gradient_accumulation_steps")
-    first = n // together * sum(sizes[:processes.RANK])
-    size = sizes[processes.RANK]
-    return slice(first, first + n // together * size), size
+    """(Which windows of a step are this process's, a slice; its micro-batch)."""
+    return processes.share_of_step(batch_size, gradient_accumulation_steps, rank_batch_sizes)
 
 
-def passes_of_all(batch, model):
-    """Which passes every process must make, if weights are sharded: those that any of the windows
-    of a batch of loss_weights() needs, as a layer is gathered from all."""
-    if not processes.is_sharded(model):
-        return ()
-    weights = {"noisy": batch[3], "clean": batch[4]}
-    return [name for name, w in weights.items() if w.any()]
-
-
-def choose_parallel(model, limit_gb):
-    """ddp or fsdp, as set, or ddp where the whole model and its training fit each card."""
-    if parallel or processes.SIZE == 1:
-        return parallel
-    from bench import estimate_memory  # bench.py imports this module, so not before
-    try:
-        gb = estimate_memory(model.lm.config, {}, memory_gb(model.device)[0])["total"]
-    except UserError as error:
-        print(f"parallel: ddp, as memory is not estimated: {error}")
-        return "ddp"
-    if model.device.type == "cpu":
-        limit_gb /= processes.SIZE
-    too_much = processes.agree(gb - limit_gb)  # on the smallest card
-    if load_in_4bit or use_lora or weights_dtype == "bfloat16" or too_much <= 0:
-        print(f"parallel: ddp, a step takes {gb:.1f} GB on each card")
-        return "ddp"
-    print(f"parallel: fsdp, as a step of the whole model would take {gb:.1f} GB, {too_much:.1f} "
-          "more than the smallest card has")
-    return "fsdp"
-
-
-def set_up_model(model, checkpointing, autocast):
-    """Switch on what saves time or memory on the model's device and changes no loss."""
-    if cpu_offload and model.device.type != "cuda":
-        print("cpu_offload: there is no CUDA device here, so nothing is offloaded")
-    cpu = model.device.type == "cpu"
-    model.head_floats = 2**28 if cpu else 2**26  # 1 GB of logits where memory is the host's
-    embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
-    alone = not dist.is_initialized()  # else gradients are exchanged, as dense ones
-    if cpu and alone and head is not None and head.weight is embedding.weight:
-        embedding.sparse = True  # adds to the head's gradient row by row, not as another matrix
-    if checkpointing:
-        checkpoint_layers(model)
-    if model.block_size and model.device.type == "cuda":
-        try_flex_attention(model, max_seq_length, autocast)
-    if compile_model:
-        try:  # what a machine without a compiler lacks shows here, not in the first step
-            torch.compile(torch.sin)(torch.ones(8, device=model.device))
-        except RuntimeError as error:
-            print(f"compile_model: goes on without, torch.compile fails: {first_line(error)}")
-            return
-        for layer in decoder_layers(model.lm):  # in place: a graph a mode, no wrapper in any name
-            layer.compile(dynamic=False)  # flex_attention is not sure to take lengths that vary
+def count_trained(model, stages):
+    """{what a stage trains: how many parameters these are}, of everything in any case."""
+    parts = [stage["trains"] for stage in stages if stage["steps"]]
+    return {trains: sum(p.numel() for p in freeze(model, trains))
+            for trains in (*parts, "everything")}
 
 
 def eagerly():
@@ -1316,293 +1226,7 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
 
 
 # ----------------------------------------------------------------------------------------------
-# What is printed and logged
-def print_plan(model, stages, probe_report, train_data, val_data, data_report):
-    """Print what is about to run, so that no derived value stays hidden."""
-    config = model.lm.config.get_text_config()
-    size = sum(p.numel() for p in model.parameters())
-    tokens = batch_size * gradient_accumulation_steps * max_seq_length
-    print(f"model: {config.model_type}, {len(decoder_layers(model.lm))} layers, {size:,} "
-          f"parameters, attention {config._attn_implementation}")
-    print("probe: the last token moves position 0 by {:.0e} if causal, {:.0e} if bidirectional"
-          .format(*probe_report))
-    print(f"data: {len(train_data):,} windows of {max_seq_length} tokens, {len(val_data):,} held "
-          f"out; {left_out(data_report)}, "
-          f"{data_report['held_out_share_in_training']:.1%} of held-out text is in training too")
-    print(f"step: {tokens:,} tokens, {max(s['n_on_policy'] for s in stages)} windows on-policy\n")
-    print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}"
-          f"{'tokens':>15}  loss")
-    for stage in stages:
-        if stage["steps"]:
-            n = sum(p.numel() for p in freeze(model, stage["trains"]))
-            loss = [f"{stage[k]:g} {k}" for k in ("diffusion", "ar", "distill") if stage[k]]
-            print(f"{stage['name']:24}{n:15,}{size - n:15,}{stage['lr']:9.1e}{stage['warmup']:9,}"
-                  f"{stage['steps']:9,}{stage['steps'] * tokens:15,}  {' + '.join(loss)}")
-    print(flush=True)
-
-
-def open_log(out, state, stages, limit_gb):
-    """The log of a run: its file, locked and cut back to the moment of the checkpoint, the bar,
-    Weights & Biases. UserError if another run has the lock."""
-    file = open_log_file(out, state) if processes.RANK == 0 else open(os.devnull, "a")
-    steps = sum(stage["steps"] for stage in stages)
-    bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
-    use = use_wandb and processes.RANK == 0
-    return {"file": file, "bar": bar, "wandb": start_wandb(state) if use else None,
-            "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
-            "limit_gb": limit_gb, "tell_hours": device == "auto"}
-
-
-def open_log_file(out, state):
-    """training_logs.jsonl of open_log(); what a killed save left in out is removed."""
-    with errors_as(f"out_dir: cannot write to '{out}'"):
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / "training_logs.jsonl", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-    except BlockingIOError:
-        raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
-    for pattern in (".checkpoint_*.tmp", ".final.tmp", ".untouched.tmp"):  # of a killed save
-        for leftover in out.glob(pattern):
-            shutil.rmtree(leftover)
-    if not state["total"] and file.tell():
-        shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
-    file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
-    return file
-
-
-def start_wandb(state):
-    """A run of Weights & Biases, at a resume the same; None, with a line, if it is out of reach."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("use_wandb: the package is not installed: pip install wandb") from None
-    try:
-        run = wandb.init(project=wandb_project, id=state["wandb_id"] or None, resume="allow",
-                         config=settings_in(globals()))
-    except (wandb.Error, OSError) as error:
-        print(f"use_wandb: goes on without: {first_line(error)}")
-        return None
-    state["wandb_id"] = run.id
-    return run
-
-
-def log_row(row, text, stage, state, log):
-    """Print a row, through the format string text, and add it to training_logs.jsonl."""
-    where = {"stage": stage["name"], "step": state["total"]}
-    tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{log['steps']}  "
-               + text.format(**row))
-    not_finite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    with errors_as(f"out_dir: cannot write {log['file'].name}", RunError):
-        log["file"].write(json.dumps(where | row | dict.fromkeys(not_finite)) + "\n")  # as null
-        log["file"].flush()
-    if log["wandb"]:
-        log["wandb"].log(where | row, step=state["total"])
-
-
-def log_step(loss, norm, lr, seconds, stage, state, log, device):
-    """Count a step, and log a row if one is due. RunError after ten skipped steps in a row."""
-    log["bar"].update()
-    log["seconds"].append(seconds)
-    if math.isfinite(loss) and math.isfinite(norm):
-        state["losses"].append(loss)
-        state["skipped_in_a_row"] = 0
-    else:
-        state["skipped_in_a_row"] += 1
-        tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {norm}")
-        norm = math.nan
-        if debug or state["skipped_in_a_row"] == 10:
-            raise RunError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a "
-                           "lower learning_rate, or dtype bfloat16 or float32")
-    memory = memory_gb(device)[0]
-    if memory > 0.9 * log["limit_gb"]:
-        tqdm.write(f"warning: {memory:.1f} GB in use, more than 90 % of {log['limit_gb']:.1f} "
-                   "(max_memory_gb)")
-        log["limit_gb"] = math.inf  # said once
-    if state["step"] < stage["steps"] and state["total"] % log_steps and not debug:
-        return
-    losses, mean_seconds = state["losses"], sum(log["seconds"]) / len(log["seconds"])
-    if log.pop("tell_hours", False) and device.type == "cpu":
-        hours = log["steps"] * mean_seconds / 3600
-        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.2f} hours")
-    tokens_per_s = batch_size * gradient_accumulation_steps * max_seq_length / mean_seconds
-    row = {"loss": math.fsum(losses) / len(losses) if losses else math.nan, "lr": lr,
-           "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": round(tokens_per_s),
-           "memory_gb": round(memory, 2)}
-    left = tqdm.format_interval((log["steps"] - state["total"]) * mean_seconds)
-    log_row(row, "loss {loss:8.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}  {tokens_per_s:8,} tokens/s"
-            "  {memory_gb:5.1f} GB  training left " + left, stage, state, log)
-    state["losses"], log["seconds"] = [], []
-
-
-# ----------------------------------------------------------------------------------------------
-# Checkpoints
-def save(out, name, model, tokenizer, state, log, training=None, own_text=None):
-    """Save a checkpoint, or final/ without training {"optimizer", "scaler"}; remove old ones."""
-    state["log_bytes"] = log["file"].tell()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"model": model_settings(), "max_seq_length": max_seq_length, "state": state,
-              "settings": settings_in(globals()), "versions": versions}
-    if training:
-        training = {"optimizer": processes.whole_optimizer(training["optimizer"]),
-                    "scaler": training["scaler"].state_dict(),
-                    "own_text": {name: torch.from_numpy(x) for name, x in own_text.items()}}
-    tensors = whole_tensors(model)
-
-    def write():
-        save_folder(out / name, model, tokenizer, record, training, tensors)
-        for old in checkpoints(out)[keep_checkpoints:]:
-            shutil.rmtree(old)
-    processes.from_rank_0(write)
-
-
-def load_training(checkpoint_dir, state, model):
-    """(The states of optimizer and scaler, on-policy text) of a checkpoint. UserError if it is of
-    another version, or its 8-bit optimizer of another kind."""
-    sharded = processes.is_sharded(model)
-    if use_8bit_adam and state["sharded"] != sharded:
-        flag = "--parallel=fsdp" if state["sharded"] else "--parallel=ddp"
-        raise UserError(f"parallel: the 8-bit optimizer in {checkpoint_dir} goes on with {flag}")
-    if use_8bit_adam and (sharded or weights_dtype == "bfloat16"):
-        import torchao.optim  # noqa: F401  its states can be loaded once it is imported
-    with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
-        saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
-        kept = saved["own_text"] if on_policy_tokens else {}
-        return saved, {k: x.numpy() for k, x in kept.items() if x.shape[1] == max_seq_length}
-
-
-def try_to_save(model, out, checkpoint_dir):
-    """Save the model as it came and remove it again: what cannot be saved shows before the work."""
-    if model.base or checkpoint_dir:  # is not saved, or was saved before
-        return
-    with errors_as(f"out_dir: cannot write to '{out}'"):
-        out.mkdir(parents=True, exist_ok=True)
-    folder = out / ".untouched.tmp"
-    try:
-        with errors_as("model_name: this model cannot be saved"), model.original_model() as lm:
-            lm.save_pretrained(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def new_state():
-    """The state of a run at its start: all that a resume needs beside weights, optimizer and
-    scaler."""
-    return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
-            "micro_batch": batch_size, "eval_micro_batch": batch_size, "sharded": False,
-            "checkpointing": use_gradient_checkpointing, "adam_8bit": use_8bit_adam,
-            "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
-
-
-def find_checkpoint(out):
-    """(state, the checkpoint to continue from or None); UserError rather than write over a run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out_dir: '{out}' is a file")
-    if not dry_run:
-        recover(out)
-    finished, newest_first = (out / "final").exists(), checkpoints(out)
-    go_on, chosen = resume, checkpoint
-    if processes.RESTARTS:  # by torchrun: out_dir is this run's own
-        go_on, chosen = True, ""
-    if go_on and not chosen and finished:
-        print(f"this run is finished: {out}/final; --out_dir=... starts another")
-        sys.exit(0)
-    here = chosen and Path(chosen).absolute().parent == out.absolute()
-    if (finished or newest_first) and not (here or dry_run or go_on and not chosen):
-        raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts "
-                        "another")
-    for source in [Path(chosen)] if chosen else newest_first if go_on else []:
-        if is_intact(source):
-            break
-        if chosen:
-            why = "not intact" if source.exists() else "not there"
-            raise UserError(f"checkpoint: '{chosen}' is {why}")
-        print(f"{source} is damaged, so the one before it is used")
-        if not dry_run:  # renamed, or it would count among those to keep
-            source.rename(out / f"damaged_{source.name}_{time.time_ns()}")
-    else:
-        if go_on:
-            print(f"resume: no checkpoint in {out}, so from the start")
-        return new_state(), None
-    record, settings = read_record(source), settings_in(globals())
-    if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
-        raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
-    for name in ("use_8bit_adam", "dtype", "weights_dtype"):
-        if record["settings"].get(name, settings[name]) != settings[name]:
-            raise UserError(f"{name}: the optimizer in {source} was made with another; keep that, "
-                            f"or start from its weights, with --model_name={source}")
-    for name in ("resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "save_steps",
-                 "log_steps", "eval_steps", "keep_checkpoints", "sample_prompt", "use_wandb",
-                 "wandb_project", "max_memory_gb", "auto_memory", "parallel", "rank_batch_sizes",
-                 "cpu_offload"):
-        settings.pop(name)  # may change
-    before = settings | record["settings"]  # a newer version has more of them
-    changed = [f"{name} {before[name]!r} -> {value!r}"
-               for name, value in settings.items() if before[name] != value]
-    note = f"; no longer the run it was: {', '.join(changed)}" if changed else ""
-    print(f"resume: {source}{note}")
-    state = new_state() | record["state"]
-    return state | {"micro_batch": min(batch_size, state["micro_batch"])}, source
-
-
-def check_disk(model, out):
-    """The disk, in GB, that the coming checkpoints and final/ take; UserError if it is not free."""
-    saved = [p for part in our_tensors(model).values() for p in part.values()]
-    if not model.base:
-        saved = model.parameters()
-    weights = sum(p.numel() * p.element_size() for p in saved)
-    trained = sum(p.numel() for p in freeze(model, "everything"))
-    n = keep_checkpoints + 1 - len(checkpoints(out))  # one more before an old one goes
-    needed = weights + n * (weights + trained * (2 if use_8bit_adam else 8))
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    if needed > free:
-        raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, keep_checkpoints="
-                        f"{keep_checkpoints}, one more and final/ need {needed / 1e9:.1f}")
-    return needed / 1e9
-
-
-# ----------------------------------------------------------------------------------------------
-# Data: tokenised once, into windows that each epoch visits once in an order of its own
-def cached_data(tokenizer):
-    """The folder of the tokenised data, made if it is not there yet."""
-    answered = use_lora and on_policy_tokens > 0 and on_policy_share == 1
-    corpus = read_corpus(dataset_name, dataset_config, dataset_split, text_column, cache_dir,
-                         answered)
-    if corpus["chat"] and not tokenizer.chat_template:
-        raise UserError("dataset_name: chat data, but this tokenizer has no chat template; take a "
-                        "chat model, or plain text (text_column)")
-    split = {"length": max_seq_length, "max_windows": max_train_samples,
-             "held_windows": eval_samples, "split_seed": seed, "block": 0}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    template = ""
-    if corpus["chat"]:  # how a window is filled up depends on the block
-        template, split["block"] = str(tokenizer.chat_template), block_size
-    key = json.dumps([3, vocabulary, tokenizer.eos_token_id, opening(tokenizer), template,
-                      corpus["key"], split])
-    folder = Path(cache_dir) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        tokenise(folder, corpus, tokenizer, **split)
-    return folder
-
-
-def load_data(tokenizer, state):
-    """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached."""
-    folder = processes.from_rank_0(cached_data, tokenizer)
-    with errors_as(f"cache_dir: {folder} is damaged, delete it"):
-        report = json.loads((folder / "meta.json").read_text())
-        shapes = {name: (report[name], max_seq_length) for name in ("train", "held")}
-        train, held = (np.memmap(folder / f"{name}.bin", report["dtype"], "r", shape=shape)
-                       for name, shape in shapes.items())
-        if zlib.crc32(train, zlib.crc32(held)) != report["crc32"]:
-            raise ValueError("its bytes have changed")
-    if state["data"] not in (0, report["crc32"]):
-        print("resume: no longer the run it was: the data has changed")
-    state["data"] = report["crc32"]
-    return train, held, report
-
-
+# Windows: each epoch visits them once in an order of its own
 @functools.lru_cache(4)
 def permutation(n, order_seed):
     """A seeded order of n windows."""
@@ -1615,6 +1239,16 @@ def get_batch(windows, size, seed, stage, step):
     rows = [permutation(len(windows), seed_for(seed, "order", stage, epoch))[i]
             for epoch, i in where]
     return torch.from_numpy(windows[rows].astype(np.int64))
+
+
+def write_own_text(model, tokenizer, train_data, val_data, out, stop):
+    """{"train": on-policy windows; "held": held-out ones, if nothing is learned from the data, so
+    that nothing is measured on it}."""
+    write = functools.partial(on_policy_windows, model, tokenizer, out=out, stop=stop)
+    own_text = {"train": write(train_data, on_policy_tokens)}
+    if on_policy_share == 1:
+        own_text["held"] = write(val_data, 0)
+    return own_text
 
 
 def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
@@ -1660,19 +1294,6 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
     model.train()
     return done
-
-
-def read_windows(path, length):
-    """The windows (n, length) that append_windows() wrote, in whole batches of 32."""
-    with open(path, "ab") as file:
-        file.truncate(file.tell() // (128 * length) * 128 * length)
-    return np.fromfile(path, np.int32).reshape(-1, length)
-
-
-def append_windows(path, windows):
-    """Add windows to a file."""
-    with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
-        windows.tofile(file)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1736,20 +1357,8 @@ def load_model(name, device, ours=None, tokenizer_name="", config_json="", as_dt
 
 
 def read_record(folder):
-    """diffusion.json of a folder that save_folder() wrote."""
-    with errors_as(f"'{folder}' holds no diffusion model"):
-        record = json.loads((Path(folder) / "diffusion.json").read_text())
-        for key in ("model", "max_seq_length", "settings", "state", "versions"):
-            record[key]  # all that is needed is there
-        state = new_state() | record["state"]
-        if any(type(state[k]) is not type(v) for k, v in new_state().items() if v is not None):
-            raise ValueError("its state is of another version")
-        values = record["model"] | {"max_seq_length": record["max_seq_length"]}
-        for name in settings_in(globals()).keys() & values:
-            check_value(name, values[name], globals(), allowed.get(name), folder)
-        if not record["model"].pop("logit_shift", True):  # of an older version
-            raise ValueError("logit_shift=False is no longer supported")
-        return record
+    """diffusion.json of a folder that save_folder() wrote, its values checked."""
+    return runs.read_record(folder, SimpleNamespace(**settings_in(globals())), allowed)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 training and held-out documents, and tokenised once. Prompts are encoded here too."""
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import processes
 from configurator import RunError, UserError, did_you_mean, errors_as, first_line
 
 SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
@@ -505,6 +507,47 @@ def left_out(report):
     return text
 
 
+def cached_data(tokenizer, s):
+    """The folder of the tokenised data, made if it is not there yet. s: the settings."""
+    answered = s.use_lora and s.on_policy_tokens > 0 and s.on_policy_share == 1
+    corpus = read_corpus(s.dataset_name, s.dataset_config, s.dataset_split, s.text_column,
+                         s.cache_dir, answered)
+    if corpus["chat"] and not tokenizer.chat_template:
+        raise UserError("dataset_name: chat data, but this tokenizer has no chat template; take a "
+                        "chat model, or plain text (text_column)")
+    split = {"length": s.max_seq_length, "max_windows": s.max_train_samples,
+             "held_windows": s.eval_samples, "split_seed": s.seed, "block": 0}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    template = ""
+    if corpus["chat"]:  # how a window is filled up depends on the block
+        template, split["block"] = str(tokenizer.chat_template), s.block_size
+    key = json.dumps([3, vocabulary, tokenizer.eos_token_id, opening(tokenizer), template,
+                      corpus["key"], split])
+    folder = Path(s.cache_dir) / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        tokenise(folder, corpus, tokenizer, **split)
+    return folder
+
+
+def load_data(tokenizer, s, state):
+    """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached. s: the
+    settings."""
+    folder = processes.from_rank_0(cached_data, tokenizer, s)
+    with errors_as(f"cache_dir: {folder} is damaged, delete it"):
+        report = json.loads((folder / "meta.json").read_text())
+        shapes = {name: (report[name], s.max_seq_length) for name in ("train", "held")}
+        train, held = (np.memmap(folder / f"{name}.bin", report["dtype"], "r", shape=shape)
+                       for name, shape in shapes.items())
+        if zlib.crc32(train, zlib.crc32(held)) != report["crc32"]:
+            raise ValueError("its bytes have changed")
+    if state["data"] not in (0, report["crc32"]):
+        print("resume: no longer the run it was: the data has changed")
+    state["data"] = report["crc32"]
+    return train, held, report
+
+
 def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False):
     """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
     in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
@@ -530,3 +573,16 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False)
         row = [*(~token for token in prompt), *text[:end + 1]][:T]
         new.append(fill_up(row, eos, block or T, T, end < len(text)))
     return np.array(new, np.int32)
+
+
+def read_windows(path, length):
+    """The windows (n, length) that append_windows() wrote, in whole batches of 32."""
+    with open(path, "ab") as file:
+        file.truncate(file.tell() // (128 * length) * 128 * length)
+    return np.fromfile(path, np.int32).reshape(-1, length)
+
+
+def append_windows(path, windows):
+    """Add windows to a file."""
+    with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
+        windows.tofile(file)

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import processes
-from configurator import UserError, errors_as
+from configurator import UserError, errors_as, first_line
+from probe import decoder_layers
 
 
 def pick_device(name, local_rank=None):
@@ -112,6 +114,65 @@ def try_flex_attention(model, length, autocast):
     except UserError as error:
         print(f"block_size: no flex_attention, but a mask tensor: {error}")
     model.zero_grad()
+
+
+def set_up_device(s):
+    """(device, autocast, memory limit in GB) from the settings s."""
+    found = pick_device(s.device, processes.LOCAL_RANK if processes.LAUNCHED else None)
+    if processes.LAUNCHED or s.parallel == "fsdp":
+        processes.join(found)
+    if s.auto_memory and found.type == "cpu":
+        raise UserError("auto_memory: not on a CPU, where nothing tells when memory runs out; "
+                        "bench.py --estimate says what to switch on")
+    autocast = pick_autocast(found, s.dtype, cache=False)
+    limit_gb = limit_memory(found, s.max_memory_gb)
+    print(f"device: {found}, {autocast.fast_dtype}, {limit_gb:.1f} GB")
+    return found, autocast, limit_gb
+
+
+def choose_parallel(model, s, limit_gb):
+    """ddp or fsdp, as set, or ddp where the whole model and its training fit each card."""
+    if s.parallel or processes.SIZE == 1:
+        return s.parallel
+    from bench import estimate_memory  # bench.py imports this module, so not before
+    try:
+        gb = estimate_memory(model.lm.config, {}, memory_gb(model.device)[0])["total"]
+    except UserError as error:
+        print(f"parallel: ddp, as memory is not estimated: {error}")
+        return "ddp"
+    if model.device.type == "cpu":
+        limit_gb /= processes.SIZE
+    too_much = processes.agree(gb - limit_gb)  # on the smallest card
+    if s.load_in_4bit or s.use_lora or s.weights_dtype == "bfloat16" or too_much <= 0:
+        print(f"parallel: ddp, a step takes {gb:.1f} GB on each card")
+        return "ddp"
+    print(f"parallel: fsdp, as a step of the whole model would take {gb:.1f} GB, {too_much:.1f} "
+          "more than the smallest card has")
+    return "fsdp"
+
+
+def set_up_model(model, s, checkpointing, autocast):
+    """Switch on what saves time or memory on the model's device and changes no loss."""
+    if s.cpu_offload and model.device.type != "cuda":
+        print("cpu_offload: there is no CUDA device here, so nothing is offloaded")
+    cpu = model.device.type == "cpu"
+    model.head_floats = 2**28 if cpu else 2**26  # 1 GB of logits where memory is the host's
+    embedding, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
+    alone = not dist.is_initialized()  # else gradients are exchanged, as dense ones
+    if cpu and alone and head is not None and head.weight is embedding.weight:
+        embedding.sparse = True  # adds to the head's gradient row by row, not as another matrix
+    if checkpointing:
+        checkpoint_layers(model)
+    if model.block_size and model.device.type == "cuda":
+        try_flex_attention(model, s.max_seq_length, autocast)
+    if s.compile_model:
+        try:  # what a machine without a compiler lacks shows here, not in the first step
+            torch.compile(torch.sin)(torch.ones(8, device=model.device))
+        except RuntimeError as error:
+            print(f"compile_model: goes on without, torch.compile fails: {first_line(error)}")
+            return
+        for layer in decoder_layers(model.lm):  # in place: a graph a mode, no wrapper in any name
+            layer.compile(dynamic=False)  # flex_attention is not sure to take lengths that vary
 
 
 def stop_on_signal():

@@ -78,14 +78,7 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
     if four_bits and (config_json or "gguf_file" in where):
         raise UserError("load_in_4bit: needs a folder or hub name of a Hugging Face model, not "
                         "a model_config or a .gguf file")
-    with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
-                   f"model_name: '{name}' cannot be loaded"):
-        if tokenizer_name == "bytes":
-            tokenizer = byte_tokenizer()
-        elif tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(**resolve_model(tokenizer_name)[1])
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = load_tokenizer(name, tokenizer_name, where)
     if config_json:
         config = load_config(name, config_json, tokenizer)
     with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
@@ -111,6 +104,23 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
         keep_layout(lm)
     elif "quantization_config" in vars(lm.config):
         raise UserError(f"model_name: '{name}' has quantised weights, which cannot be trained")
+    check_parts(lm, tokenizer, name)
+    return lm, tokenizer
+
+
+def load_tokenizer(name, tokenizer_name, where):
+    """The tokenizer of load_hf(). where: the arguments of from_pretrained() for the model's own."""
+    with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
+                   f"model_name: '{name}' cannot be loaded"):
+        if tokenizer_name == "bytes":
+            return byte_tokenizer()
+        if tokenizer_name:
+            where = resolve_model(tokenizer_name)[1]
+        return AutoTokenizer.from_pretrained(**where)
+
+
+def check_parts(lm, tokenizer, name):
+    """Raise UserError for a model with an adapter beside it, or whose tokenizer is another's."""
     if "peft_config" in vars(lm):
         raise UserError(f"model_name: '{name}' has an adapter beside the model, which transformers "
                         "adds unasked; move its adapter_config.json away, or give the adapter a "
@@ -120,7 +130,6 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
     if largest >= vocab_size:
         raise UserError(f"tokenizer_name: its largest id is {largest}, but the model's vocabulary "
                         f"has {vocab_size}: not the tokenizer of this model")
-    return lm, tokenizer
 
 
 def quantised(device, compute_dtype):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
-from configurator import UserError
+from configurator import UserError, errors_as
 
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -280,6 +280,37 @@ def unsharded(model):
         yield
     finally:
         reshard(model)
+
+
+def share_of_step(batch_size, accumulation, rank_batch_sizes):
+    """(Which windows of a step are this process's, a slice; its micro-batch). UserError if they
+    cannot be shared out in whole micro-batches."""
+    sizes = [batch_size] * SIZE
+    if rank_batch_sizes:
+        with errors_as(f"rank_batch_sizes: '{rank_batch_sizes}' is not like 3,1"):
+            sizes = [int(size) for size in rank_batch_sizes.split(",")]
+        if len(sizes) != SIZE or min(sizes) < 1:
+            raise UserError(f"rank_batch_sizes: needs {SIZE} sizes of 1 or more, one for "
+                            f"each process, not '{rank_batch_sizes}'")
+    n, together = batch_size * accumulation, sum(sizes)
+    if n % together:
+        fits = [x for x in (n // together * together, -(-n // together) * together) if x]
+        raise UserError(
+            f"gradient_accumulation_steps: a step of {n} windows cannot be shared by processes "
+            f"that take {together} at a time; {' or '.join(map(str, fits))} windows can: "
+            "batch_size times gradient_accumulation_steps")
+    first = n // together * sum(sizes[:RANK])
+    size = sizes[RANK]
+    return slice(first, first + n // together * size), size
+
+
+def passes_of_all(batch, model):
+    """Which passes every process must make, if weights are sharded: those that any of the windows
+    of a batch of loss_weights() needs, as a layer is gathered from all."""
+    if not is_sharded(model):
+        return ()
+    weights = {"noisy": batch[3], "clean": batch[4]}
+    return [name for name, w in weights.items() if w.any()]
 
 
 def share_of(n):

@@ -1,0 +1,291 @@
+"""The folder of a run: what is printed and logged, its state, its checkpoints.
+
+Functions that need settings are given them as s, a namespace of all settings of convert.py.
+"""
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import processes
+from configurator import RunError, UserError, check_value, errors_as, first_line
+from corpus import left_out
+from machine import memory_gb
+from model_files import (
+    checkpoints, is_intact, our_tensors, recover, save_folder, whole_tensors)
+from probe import decoder_layers
+
+
+# ----------------------------------------------------------------------------------------------
+# What is printed and logged
+def print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report):
+    """Print what is about to run, so that no derived value stays hidden. trained: {what a stage
+    trains: how many parameters these are}."""
+    config = model.lm.config.get_text_config()
+    size = sum(p.numel() for p in model.parameters())
+    tokens = s.batch_size * s.gradient_accumulation_steps * s.max_seq_length
+    print(f"model: {config.model_type}, {len(decoder_layers(model.lm))} layers, {size:,} "
+          f"parameters, attention {config._attn_implementation}")
+    print("probe: the last token moves position 0 by {:.0e} if causal, {:.0e} if bidirectional"
+          .format(*probe_report))
+    print(f"data: {len(train_data):,} windows of {s.max_seq_length} tokens, {len(val_data):,} "
+          f"held out; {left_out(data_report)}, "
+          f"{data_report['held_out_share_in_training']:.1%} of held-out text is in training too")
+    print(f"step: {tokens:,} tokens, {max(x['n_on_policy'] for x in stages)} windows on-policy\n")
+    print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}"
+          f"{'tokens':>15}  loss")
+    for stage in stages:
+        if stage["steps"]:
+            n = trained[stage["trains"]]
+            loss = [f"{stage[k]:g} {k}" for k in ("diffusion", "ar", "distill") if stage[k]]
+            print(f"{stage['name']:24}{n:15,}{size - n:15,}{stage['lr']:9.1e}{stage['warmup']:9,}"
+                  f"{stage['steps']:9,}{stage['steps'] * tokens:15,}  {' + '.join(loss)}")
+    print(flush=True)
+
+
+def open_log(out, s, state, stages, limit_gb):
+    """The log of a run: its file, locked and cut back to the moment of the checkpoint, the bar,
+    Weights & Biases. UserError if another run has the lock."""
+    file = open_log_file(out, state) if processes.RANK == 0 else open(os.devnull, "a")
+    steps = sum(stage["steps"] for stage in stages)
+    bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
+    use = s.use_wandb and processes.RANK == 0
+    return {"file": file, "bar": bar, "wandb": start_wandb(s, state) if use else None,
+            "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
+            "limit_gb": limit_gb, "tell_hours": s.device == "auto"}
+
+
+def open_log_file(out, state):
+    """training_logs.jsonl of open_log(); what a killed save left in out is removed."""
+    with errors_as(f"out_dir: cannot write to '{out}'"):
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "training_logs.jsonl", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+    except BlockingIOError:
+        raise UserError(f"out_dir: another run writes to {out}; take another --out_dir") from None
+    for pattern in (".checkpoint_*.tmp", ".final.tmp", ".untouched.tmp"):  # of a killed save
+        for leftover in out.glob(pattern):
+            shutil.rmtree(leftover)
+    if not state["total"] and file.tell():
+        shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
+    file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
+    return file
+
+
+def start_wandb(s, state):
+    """A run of Weights & Biases, at a resume the same; None, with a line, if it is out of reach."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("use_wandb: the package is not installed: pip install wandb") from None
+    try:
+        run = wandb.init(project=s.wandb_project, id=state["wandb_id"] or None, resume="allow",
+                         config=vars(s))
+    except (wandb.Error, OSError) as error:
+        print(f"use_wandb: goes on without: {first_line(error)}")
+        return None
+    state["wandb_id"] = run.id
+    return run
+
+
+def log_row(row, text, stage, state, log):
+    """Print a row, through the format string text, and add it to training_logs.jsonl."""
+    where = {"stage": stage["name"], "step": state["total"]}
+    tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{log['steps']}  "
+               + text.format(**row))
+    not_finite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    with errors_as(f"out_dir: cannot write {log['file'].name}", RunError):
+        log["file"].write(json.dumps(where | row | dict.fromkeys(not_finite)) + "\n")  # as null
+        log["file"].flush()
+    if log["wandb"]:
+        log["wandb"].log(where | row, step=state["total"])
+
+
+def log_step(loss, norm, lr, seconds, s, stage, state, log, device):
+    """Count a step, and log a row if one is due. RunError after ten skipped steps in a row."""
+    log["bar"].update()
+    log["seconds"].append(seconds)
+    if math.isfinite(loss) and math.isfinite(norm):
+        state["losses"].append(loss)
+        state["skipped_in_a_row"] = 0
+    else:
+        state["skipped_in_a_row"] += 1
+        tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {norm}")
+        norm = math.nan
+        if s.debug or state["skipped_in_a_row"] == 10:
+            raise RunError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a "
+                           "lower learning_rate, or dtype bfloat16 or float32")
+    memory = memory_gb(device)[0]
+    if memory > 0.9 * log["limit_gb"]:
+        tqdm.write(f"warning: {memory:.1f} GB in use, more than 90 % of {log['limit_gb']:.1f} "
+                   "(max_memory_gb)")
+        log["limit_gb"] = math.inf  # said once
+    if state["step"] < stage["steps"] and state["total"] % s.log_steps and not s.debug:
+        return
+    losses, mean_seconds = state["losses"], sum(log["seconds"]) / len(log["seconds"])
+    if log.pop("tell_hours", False) and device.type == "cpu":
+        hours = log["steps"] * mean_seconds / 3600
+        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.2f} hours")
+    tokens_per_s = s.batch_size * s.gradient_accumulation_steps * s.max_seq_length / mean_seconds
+    row = {"loss": math.fsum(losses) / len(losses) if losses else math.nan, "lr": lr,
+           "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": round(tokens_per_s),
+           "memory_gb": round(memory, 2)}
+    left = tqdm.format_interval((log["steps"] - state["total"]) * mean_seconds)
+    log_row(row, "loss {loss:8.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}  {tokens_per_s:8,} tokens/s"
+            "  {memory_gb:5.1f} GB  training left " + left, stage, state, log)
+    state["losses"], log["seconds"] = [], []
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints
+def save(out, name, model, tokenizer, s, ours, state, log, training=None, own_text=None):
+    """Save a checkpoint, or final/ without training {"optimizer", "scaler"}; remove old ones.
+    ours: the arguments of DiffusionLM after lm."""
+    state["log_bytes"] = log["file"].tell()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"model": ours, "max_seq_length": s.max_seq_length, "state": state,
+              "settings": vars(s), "versions": versions}
+    if training:
+        training = {"optimizer": processes.whole_optimizer(training["optimizer"]),
+                    "scaler": training["scaler"].state_dict(),
+                    "own_text": {name: torch.from_numpy(x) for name, x in own_text.items()}}
+    tensors = whole_tensors(model)
+
+    def write():
+        save_folder(out / name, model, tokenizer, record, training, tensors)
+        for old in checkpoints(out)[s.keep_checkpoints:]:
+            shutil.rmtree(old)
+    processes.from_rank_0(write)
+
+
+def load_training(checkpoint_dir, s, state, model):
+    """(The states of optimizer and scaler, on-policy text) of a checkpoint, if there is one.
+    UserError if it is of another version, or its 8-bit optimizer of another kind."""
+    if not checkpoint_dir:
+        return None, {}
+    sharded = processes.is_sharded(model)
+    if s.use_8bit_adam and state["sharded"] != sharded:
+        flag = "--parallel=fsdp" if state["sharded"] else "--parallel=ddp"
+        raise UserError(f"parallel: the 8-bit optimizer in {checkpoint_dir} goes on with {flag}")
+    if s.use_8bit_adam and (sharded or s.weights_dtype == "bfloat16"):
+        import torchao.optim  # noqa: F401  its states can be loaded once it is imported
+    with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
+        saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
+        kept = saved["own_text"] if s.on_policy_tokens else {}
+        return saved, {k: x.numpy() for k, x in kept.items() if x.shape[1] == s.max_seq_length}
+
+
+def try_to_save(model, out, checkpoint_dir):
+    """Save the model as it came and remove it again: what cannot be saved shows before the work."""
+    if model.base or checkpoint_dir:  # is not saved, or was saved before
+        return
+    with errors_as(f"out_dir: cannot write to '{out}'"):
+        out.mkdir(parents=True, exist_ok=True)
+    folder = out / ".untouched.tmp"
+    try:
+        with errors_as("model_name: this model cannot be saved"), model.original_model() as lm:
+            lm.save_pretrained(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_state(s):
+    """The state of a run at its start: all that a resume needs beside weights, optimizer and
+    scaler."""
+    return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
+            "micro_batch": s.batch_size, "eval_micro_batch": s.batch_size, "sharded": False,
+            "checkpointing": s.use_gradient_checkpointing, "adam_8bit": s.use_8bit_adam,
+            "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
+
+
+def find_checkpoint(out, s, allowed):
+    """(state, the checkpoint to continue from or None); UserError rather than write over a run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out_dir: '{out}' is a file")
+    if not s.dry_run:
+        recover(out)
+    finished, newest_first = (out / "final").exists(), checkpoints(out)
+    go_on, chosen = s.resume, s.checkpoint
+    if processes.RESTARTS:  # by torchrun: out_dir is this run's own
+        go_on, chosen = True, ""
+    if go_on and not chosen and finished:
+        print(f"this run is finished: {out}/final; --out_dir=... starts another")
+        sys.exit(0)
+    here = chosen and Path(chosen).absolute().parent == out.absolute()
+    if (finished or newest_first) and not (here or s.dry_run or go_on and not chosen):
+        raise UserError(f"out_dir: {out} holds a run; --resume continues it, --out_dir=... starts "
+                        "another")
+    for source in [Path(chosen)] if chosen else newest_first if go_on else []:
+        if is_intact(source):
+            break
+        if chosen:
+            why = "not intact" if source.exists() else "not there"
+            raise UserError(f"checkpoint: '{chosen}' is {why}")
+        print(f"{source} is damaged, so the one before it is used")
+        if not s.dry_run:  # renamed, or it would count among those to keep
+            source.rename(out / f"damaged_{source.name}_{time.time_ns()}")
+    else:
+        if go_on:
+            print(f"resume: no checkpoint in {out}, so from the start")
+        return new_state(s), None
+    record, settings = read_record(source, s, allowed), dict(vars(s))
+    if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
+        raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
+    for name in ("use_8bit_adam", "dtype", "weights_dtype"):
+        if record["settings"].get(name, settings[name]) != settings[name]:
+            raise UserError(f"{name}: the optimizer in {source} was made with another; keep that, "
+                            f"or start from its weights, with --model_name={source}")
+    for name in ("resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "save_steps",
+                 "log_steps", "eval_steps", "keep_checkpoints", "sample_prompt", "use_wandb",
+                 "wandb_project", "max_memory_gb", "auto_memory", "parallel", "rank_batch_sizes",
+                 "cpu_offload"):
+        settings.pop(name)  # may change
+    before = settings | record["settings"]  # a newer version has more of them
+    changed = [f"{name} {before[name]!r} -> {value!r}"
+               for name, value in settings.items() if before[name] != value]
+    note = f"; no longer the run it was: {', '.join(changed)}" if changed else ""
+    print(f"resume: {source}{note}")
+    state = new_state(s) | record["state"]
+    return state | {"micro_batch": min(s.batch_size, state["micro_batch"])}, source
+
+
+def read_record(folder, s, allowed):
+    """diffusion.json of a folder that save_folder() wrote. allowed: of configure()."""
+    with errors_as(f"'{folder}' holds no diffusion model"):
+        record = json.loads((Path(folder) / "diffusion.json").read_text())
+        for key in ("model", "max_seq_length", "settings", "state", "versions"):
+            record[key]  # all that is needed is there
+        state = new_state(s) | record["state"]
+        if any(type(state[k]) is not type(v) for k, v in new_state(s).items() if v is not None):
+            raise ValueError("its state is of another version")
+        values = record["model"] | {"max_seq_length": record["max_seq_length"]}
+        for name in vars(s).keys() & values:
+            check_value(name, values[name], vars(s), allowed.get(name), folder)
+        if not record["model"].pop("logit_shift", True):  # of an older version
+            raise ValueError("logit_shift=False is no longer supported")
+        return record
+
+
+def check_disk(model, out, s, trained):
+    """The disk, in GB, that the coming checkpoints and final/ take; UserError if it is not free.
+    trained: how many parameters have states of the optimizer."""
+    saved = [p for part in our_tensors(model).values() for p in part.values()]
+    if not model.base:
+        saved = model.parameters()
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    n = s.keep_checkpoints + 1 - len(checkpoints(out))  # one more before an old one goes
+    needed = weights + n * (weights + trained * (2 if s.use_8bit_adam else 8))
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if needed > free:
+        raise UserError(f"out_dir: {free / 1e9:.1f} GB of disk are free, keep_checkpoints="
+                        f"{s.keep_checkpoints}, one more and final/ need {needed / 1e9:.1f}")
+    return needed / 1e9
