@@ -48,6 +48,7 @@ import corpus
 import machine
 import model_files
 import probe
+import runs
 import sample
 from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run, settings_in)
@@ -156,7 +157,7 @@ def time_step(model, training, autocast, chosen, data, state):
     start = now(model.device)
     n = convert.batch_size * convert.gradient_accumulation_steps
     with convert.record_function("data"):
-        x0 = convert.get_batch(data, n, convert.seed, state["stage"], state["step"])
+        x0 = corpus.get_batch(data, n, convert.seed, state["stage"], state["step"])
         text = x0[:chosen["n_on_policy"], x0.shape[1] // 4:]
         text.copy_(torch.maximum(text, ~text))  # what the model writes is scored
     convert.train_step(model, training, autocast, chosen, x0, state)
@@ -312,7 +313,7 @@ def times_of_step(step):
     n_blocks = convert.max_seq_length // (convert.block_size or convert.max_seq_length)
     return convert.sample_noise(
         convert.batch_size * convert.gradient_accumulation_steps, n_blocks,
-        convert.seed_for("noise", convert.seed, 2, step), 1, convert.full_mask_share)[0]
+        corpus.seed_for("noise", convert.seed, 2, step), 1, convert.full_mask_share)[0]
 
 
 def fullest_micro_batch():
@@ -827,7 +828,7 @@ def main(argv):
         use(cell)
         print(f"-- {title or name}", flush=True)
         try:
-            convert.check_settings()
+            runs.check_settings(SimpleNamespace(**cell))
             row = measure()
         except UserError as error:
             if not title:

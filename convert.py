@@ -15,7 +15,6 @@ corpus.py, model_files.py, runs.py, probe.py, machine.py and processes.py, and a
 import contextlib
 import copy
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -42,15 +41,16 @@ from transformers.pytorch_utils import Conv1D
 import processes
 import runs
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
-from corpus import ar_continue, append_windows, encode_prompt, load_data, read_windows
+from corpus import (
+    append_windows, ar_continue, encode_prompt, get_batch, load_data, read_windows, seed_for)
 from machine import (
     checkpoint_layers, choose_parallel, leave, pick_autocast, set_up_device, set_up_model,
     stop_on_signal)
 from model_files import base_dtype, load_base, load_hf, our_tensors, reference, resolve_model
 from probe import decoder_layers, probe, rounding
 from runs import (
-    check_disk, find_checkpoint, load_training, log_row, log_step, open_log, print_plan, save,
-    try_to_save)
+    check_disk, check_settings, cut_back, find_checkpoint, load_training, log_row, log_step,
+    open_log, print_plan, save, try_to_save)
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -173,12 +173,6 @@ def time_at(mask_rate, schedule):
         "polynomial": mask_rate.sqrt(),
         "sqrt": mask_rate**2,
     }[schedule]
-
-
-def seed_for(*parts):
-    """A seed for one use: its name, the run's seed, stage, step. No random state need be saved."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
 
 
 def sample_noise(n, length, noise_seed, block_size=0, full_mask_share=0.0):
@@ -1044,8 +1038,8 @@ def train_step(model, training, autocast, stage, x0, state):
 def main(argv):
     processes.be_quiet()
     config_files = configure(globals(), argv, allowed)
-    check_settings()
     s = SimpleNamespace(**settings_in(globals()))  # for the functions of other modules
+    check_settings(s)
     torch.autograd.set_detect_anomaly(debug)  # says which operation made a NaN
     name = config_files[0] if config_files else model_name.removesuffix("/final")
     out = Path(out_dir or f"outputs/{Path(name).name.removesuffix('.py')}_diffusion")
@@ -1089,6 +1083,7 @@ def main(argv):
             own_text = write_own_text(model, tokenizer, train_data, val_data, out, stop)
         val_data = own_text.get("held", val_data)
         training, saved = set_up_training(model, stage, state, saved), None
+        cut_back(log, state)  # not before all of the checkpoint could be loaded
         while state["step"] < stage["steps"]:
             if state["step"] == 0 or state["total"] % eval_steps == 0:
                 evaluate_and_log(model, tokenizer, val_data, autocast, stage, state, log)
@@ -1125,55 +1120,6 @@ def main(argv):
 
 # ----------------------------------------------------------------------------------------------
 # From here on: plumbing, to be read when needed
-def check_settings():
-    """Raise UserError for settings that contradict one another."""
-    causal, own_text = not use_bidirectional_attention, on_policy_tokens > 0
-    mistakes = {
-        "distill_weight: needs a block_size": distill_weight and not block_size,
-        "full_mask_share: needs a block_size": full_mask_share and not block_size,
-        "block_size: needs use_bidirectional_attention": block_size and causal,
-        "use_lora: needs use_bidirectional_attention": use_lora and causal,
-        "block_size: 1 is the AR model; take 0 (the whole window) or more": block_size == 1,
-        f"block_size: {block_size} does not divide max_seq_length, {max_seq_length}":
-            block_size and max_seq_length % block_size,
-        f"lm_loss_stages: stages in a row, as 3 or 123, not '{lm_loss_stages}'":
-            not set(lm_loss_stages) <= set("123"),
-        "diffusion_loss_weight: 0 leaves nothing to train for use_lora or on_policy_tokens":
-            not diffusion_loss_weight and (use_lora or own_text),
-        "diffusion_loss_weight: 0 needs an lm_loss_weight":
-            not diffusion_loss_weight and not lm_loss_weight,
-        "on_policy_share: on its own text alone the AR model would forget; take less than 1, as "
-        "--on_policy_share=0.25, or --use_lora": own_text and on_policy_share == 1 and not use_lora,
-        "on_policy_share: one window cannot be shared; take more gradient_accumulation_steps":
-            own_text and on_policy_share < 1 and batch_size * gradient_accumulation_steps == 1,
-        "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
-            use_lora and stage0_epochs,
-        "load_in_4bit: such weights cannot be trained; add --use_lora":
-            load_in_4bit and not use_lora,
-        "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
-            load_in_4bit and parallel == "fsdp",
-        "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
-            use_lora and weights_dtype != "float32",
-        "weights_dtype: bfloat16 needs use_8bit_adam, which rounds them stochastically":
-            weights_dtype == "bfloat16" and not use_8bit_adam,
-        "weights_dtype: bfloat16 trains with dtype bfloat16 or float32":
-            weights_dtype == "bfloat16" and dtype == "float16",
-        "weights_dtype: bfloat16 not with parallel=fsdp, whose shares are small; take float32":
-            weights_dtype == "bfloat16" and parallel == "fsdp",
-        "cpu_offload: not with weights_dtype=bfloat16; take one of them":
-            cpu_offload and weights_dtype == "bfloat16",
-        "dtype: float16 not with parallel=fsdp; take bfloat16":
-            dtype == "float16" and parallel == "fsdp",
-        "rank_batch_sizes: needs torchrun": rank_batch_sizes and processes.SIZE == 1,
-        "auto_memory: not with several processes": auto_memory and processes.SIZE > 1,
-    }
-    for mistake, made in mistakes.items():
-        if made:
-            raise UserError(mistake)
-    if use_lora and stage3_epochs:
-        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
-
-
 def share_of_step():
     """(Which windows of a step are this process's, a slice; its micro-batch)."""
     return processes.share_of_step(batch_size, gradient_accumulation_steps, rank_batch_sizes)
@@ -1227,20 +1173,6 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
 
 # ----------------------------------------------------------------------------------------------
 # Windows: each epoch visits them once in an order of its own
-@functools.lru_cache(4)
-def permutation(n, order_seed):
-    """A seeded order of n windows."""
-    return np.random.default_rng(order_seed).permutation(n)
-
-
-def get_batch(windows, size, seed, stage, step):
-    """x0 (size, T): batch number `step` of a stage; each epoch has an order of its own."""
-    where = [divmod(i, len(windows)) for i in range(step * size, (step + 1) * size)]
-    rows = [permutation(len(windows), seed_for(seed, "order", stage, epoch))[i]
-            for epoch, i in where]
-    return torch.from_numpy(windows[rows].astype(np.int64))
-
-
 def write_own_text(model, tokenizer, train_data, val_data, out, stop):
     """{"train": on-policy windows; "held": held-out ones, if nothing is learned from the data, so
     that nothing is measured on it}."""

@@ -586,3 +586,23 @@ def append_windows(path, windows):
     """Add windows to a file."""
     with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
         windows.tofile(file)
+
+
+def seed_for(*parts):
+    """A seed for one use: its name, the run's seed, stage, step. No random state need be saved."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+@functools.lru_cache(4)
+def permutation(n, order_seed):
+    """A seeded order of n windows."""
+    return np.random.default_rng(order_seed).permutation(n)
+
+
+def get_batch(windows, size, seed, stage, step):
+    """x0 (size, T): batch number `step` of a stage; each epoch has an order of its own."""
+    where = [divmod(i, len(windows)) for i in range(step * size, (step + 1) * size)]
+    rows = [permutation(len(windows), seed_for(seed, "order", stage, epoch))[i]
+            for epoch, i in where]
+    return torch.from_numpy(windows[rows].astype(np.int64))

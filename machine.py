@@ -142,9 +142,12 @@ def choose_parallel(model, s, limit_gb):
         return "ddp"
     if model.device.type == "cpu":
         limit_gb /= processes.SIZE
-    too_much = processes.agree(gb - limit_gb)  # on the smallest card
-    if s.load_in_4bit or s.use_lora or s.weights_dtype == "bfloat16" or too_much <= 0:
+    too_much = processes.largest(gb - limit_gb)  # on the smallest card
+    if too_much <= 0:
         print(f"parallel: ddp, a step takes {gb:.1f} GB on each card")
+        return "ddp"
+    if s.load_in_4bit or s.weights_dtype == "bfloat16":
+        print(f"parallel: ddp, as such weights cannot be sharded; a step takes {gb:.1f} GB")
         return "ddp"
     print(f"parallel: fsdp, as a step of the whole model would take {gb:.1f} GB, {too_much:.1f} "
           "more than the smallest card has")

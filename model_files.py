@@ -149,6 +149,11 @@ def keep_layout(lm):
             module.support_avx512bf16_for_cpu = False
 
 
+def n_weights(p):
+    """How many weights a parameter holds, also in 4 bits, of which two are in a byte."""
+    return p.quant_state.shape.numel() if type(p).__name__ == "Params4bit" else p.numel()
+
+
 def merge_adapter(name, tokenizer_name, weights_dtype):
     """load_hf() of a folder of peft, merged into its base."""
     from peft import PeftModel  # slow to import

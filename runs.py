@@ -1,4 +1,4 @@
-"""The folder of a run: what is printed and logged, its state, its checkpoints.
+"""A run around its training: what is asked for, printed and logged, its state, its checkpoints.
 
 Functions that need settings are given them as s, a namespace of all settings of convert.py.
 """
@@ -20,17 +20,68 @@ from configurator import RunError, UserError, check_value, errors_as, first_line
 from corpus import left_out
 from machine import memory_gb
 from model_files import (
-    checkpoints, is_intact, our_tensors, recover, save_folder, whole_tensors)
+    checkpoints, is_intact, n_weights, our_tensors, recover, save_folder, whole_tensors)
 from probe import decoder_layers
 
 
 # ----------------------------------------------------------------------------------------------
-# What is printed and logged
+# What is asked for, printed and logged
+def check_settings(s):
+    """Raise UserError for settings that contradict one another."""
+    causal, own_text = not s.use_bidirectional_attention, s.on_policy_tokens > 0
+    n_windows = s.batch_size * s.gradient_accumulation_steps
+    mistakes = {
+        "distill_weight: needs a block_size": s.distill_weight and not s.block_size,
+        "full_mask_share: needs a block_size": s.full_mask_share and not s.block_size,
+        "block_size: needs use_bidirectional_attention": s.block_size and causal,
+        "use_lora: needs use_bidirectional_attention": s.use_lora and causal,
+        "block_size: 1 is the AR model; take 0 (the whole window) or more": s.block_size == 1,
+        f"block_size: {s.block_size} does not divide max_seq_length, {s.max_seq_length}":
+            s.block_size and s.max_seq_length % s.block_size,
+        f"lm_loss_stages: stages in a row, as 3 or 123, not '{s.lm_loss_stages}'":
+            not set(s.lm_loss_stages) <= set("123"),
+        "diffusion_loss_weight: 0 leaves nothing to train for use_lora or on_policy_tokens":
+            not s.diffusion_loss_weight and (s.use_lora or own_text),
+        "diffusion_loss_weight: 0 needs an lm_loss_weight":
+            not s.diffusion_loss_weight and not s.lm_loss_weight,
+        "on_policy_share: on its own text alone the AR model would forget; take less than 1, as "
+        "--on_policy_share=0.25, or --use_lora":
+            own_text and s.on_policy_share == 1 and not s.use_lora,
+        "on_policy_share: one window cannot be shared; take more gradient_accumulation_steps":
+            own_text and s.on_policy_share < 1 and n_windows == 1,
+        "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
+            s.use_lora and s.stage0_epochs,
+        "load_in_4bit: such weights cannot be trained; add --use_lora":
+            s.load_in_4bit and not s.use_lora,
+        "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
+            s.load_in_4bit and s.parallel == "fsdp",
+        "weights_dtype: with use_lora nothing but adapters trains, in float32; leave it out":
+            s.use_lora and s.weights_dtype != "float32",
+        "weights_dtype: bfloat16 needs use_8bit_adam, which rounds them stochastically":
+            s.weights_dtype == "bfloat16" and not s.use_8bit_adam,
+        "weights_dtype: bfloat16 trains with dtype bfloat16 or float32":
+            s.weights_dtype == "bfloat16" and s.dtype == "float16",
+        "weights_dtype: bfloat16 not with parallel=fsdp, whose shares are small; take float32":
+            s.weights_dtype == "bfloat16" and s.parallel == "fsdp",
+        "cpu_offload: not with weights_dtype=bfloat16; take one of them":
+            s.cpu_offload and s.weights_dtype == "bfloat16",
+        "dtype: float16 not with parallel=fsdp; take bfloat16":
+            s.dtype == "float16" and s.parallel == "fsdp",
+        "rank_batch_sizes: needs torchrun": s.rank_batch_sizes and processes.SIZE == 1,
+        "auto_memory: not with several processes": s.auto_memory and processes.SIZE > 1,
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            raise UserError(mistake)
+    if s.use_lora and s.stage3_epochs:
+        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
+
+
 def print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report):
     """Print what is about to run, so that no derived value stays hidden. trained: {what a stage
     trains: how many parameters these are}."""
     config = model.lm.config.get_text_config()
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(n_weights(p) for p in model.parameters())
     tokens = s.batch_size * s.gradient_accumulation_steps * s.max_seq_length
     print(f"model: {config.model_type}, {len(decoder_layers(model.lm))} layers, {size:,} "
           f"parameters, attention {config._attn_implementation}")
@@ -52,15 +103,15 @@ def print_plan(model, s, stages, trained, probe_report, train_data, val_data, da
 
 
 def open_log(out, s, state, stages, limit_gb):
-    """The log of a run: its file, locked and cut back to the moment of the checkpoint, the bar,
-    Weights & Biases. UserError if another run has the lock."""
+    """The log of a run: its file, locked, the bar, Weights & Biases. UserError if another run has
+    the lock."""
     file = open_log_file(out, state) if processes.RANK == 0 else open(os.devnull, "a")
     steps = sum(stage["steps"] for stage in stages)
     bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
     use = s.use_wandb and processes.RANK == 0
     return {"file": file, "bar": bar, "wandb": start_wandb(s, state) if use else None,
             "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
-            "limit_gb": limit_gb, "tell_hours": s.device == "auto"}
+            "limit_gb": limit_gb, "tell_hours": s.device == "auto", "cut": False}
 
 
 def open_log_file(out, state):
@@ -77,8 +128,15 @@ def open_log_file(out, state):
             shutil.rmtree(leftover)
     if not state["total"] and file.tell():
         shutil.copy(file.name, f"{file.name}.{time.time_ns()}")
-    file.truncate(min(state["log_bytes"], file.tell()))  # what was logged later comes again
     return file
+
+
+def cut_back(log, state):
+    """Cut the file of a log back to the moment of the checkpoint, as what was logged later comes
+    again. Once."""
+    if processes.RANK == 0 and not log["cut"]:
+        log["file"].truncate(min(state["log_bytes"], log["file"].tell()))
+    log["cut"] = True
 
 
 def start_wandb(s, state):
