@@ -219,7 +219,7 @@ def load_optimizer(optimizer, saved):
 
 def own_part(x, p):
     """What goes with this process's share of a parameter p, of x in whole_optimizer()'s state."""
-    if isinstance(x, dict):
+    if isinstance(x, dict) and "parts" in x:  # bitsandbytes has dicts of its own
         local = own_eight_bits(x["parts"], p)
     elif isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.shape == p.shape:
         local = own_rows(x)
