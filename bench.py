@@ -48,6 +48,7 @@ import corpus
 import machine
 import model_files
 import probe
+import processes
 import runs
 import sample
 from configurator import (
@@ -81,6 +82,7 @@ json = ""  # add the row to this file
 allowed = convert.allowed | {
     "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
     "sample_steps": (1, 10**5), "threshold": (0, 1), "share_of_peak": (0.01, 1),
+    "n_processes": (1, 10**5),
     "prompts": Path, "profile": Path, "json": Path}
 
 
@@ -556,7 +558,7 @@ def estimate_step(config, process_gb):
     with fake:
         parts = tracked_step(model, passes * 2 if repeated else passes)
 
-    # 3) what bitsandbytes keeps: small ones in 32 bits, two scales for each 256 numbers
+    # 3) what 8-bit optimizers keep: small ones in 32 bits, two scales for each 256 numbers
     parts["optimizer"] = 0
     for p in params:
         eight = convert.use_8bit_adam and p.numel() >= 4096
@@ -586,7 +588,7 @@ def model_without_weights(config, dtype):
 def count_four_bits(model, parts):
     """Correct the bytes of a step for a frozen model in 4 bits, as bitsandbytes keeps it: a scale
     of 8 bits for 64 weights and one of 32 for 256 such scales; one matrix at a time is unpacked."""
-    packed = [m.weight for m in convert.decoder_layers(model.lm).modules()
+    packed = [m.weight for m in probe.decoder_layers(model.lm).modules()
               if isinstance(m, (nn.Linear, convert.Conv1D)) and not m.weight.requires_grad]
     n, size = sum(w.numel() for w in packed), packed[0].element_size()
     parts["weights"] += n * (1 / 2 + 1 / 64 + 4 / (64 * 256) - size)
@@ -600,7 +602,7 @@ def count_shares(model, parts):
         parts[purpose] /= n_processes
     half = 2 if convert.dtype == "bfloat16" else 4
     params = {id(p): p for p in model.parameters()}
-    layers = [list(layer.parameters()) for layer in convert.decoder_layers(model.lm)]
+    layers = [list(layer.parameters()) for layer in probe.decoder_layers(model.lm)]
     largest = max(layers, key=lambda layer: sum(p.numel() for p in layer))
     rest = params.keys() - {id(p) for layer in layers for p in layer}
     for group, times in ([params[key] for key in rest], 1), (largest, 2):
@@ -623,12 +625,14 @@ def memory_savers(config, limit_gb, process_gb):
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
         savers.append({"batch_size": size, "gradient_accumulation_steps": accumulation})
-    if not convert.use_lora and convert.parallel != "fsdp":
+    sharded = convert.parallel == "fsdp"
+    if not convert.use_lora and not sharded and convert.dtype != "float16":
         savers.append({"weights_dtype": "bfloat16", "use_8bit_adam": True})
     if convert.diffusion_loss_weight and convert.use_bidirectional_attention:
         # last, as they change what is trained
         savers.append({"use_lora": True, "weights_dtype": "float32"})
-        savers.append({"use_lora": True, "weights_dtype": "float32", "load_in_4bit": True})
+        if not sharded:
+            savers.append({"use_lora": True, "weights_dtype": "float32", "load_in_4bit": True})
     on, total = {}, gb({})
     found = [(on, total)]
     for saver in savers:
@@ -668,13 +672,17 @@ def plan_cards(config, process_gb):
     that fit the cards and divide the windows of a step."""
     with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
         known = [tuple(map(float, card.split(":"))) for card in cards.split(",")]
+        if not all(tflops > 0 for _, tflops in known):
+            raise ValueError("TFLOPS of 0")
     n = convert.batch_size * convert.gradient_accumulation_steps
     one, two = (estimate_memory(config, {"batch_size": size}, process_gb)["total"]
                 for size in (1, 2))
     # 2 GB are left for the driver
-    largest = [min(n, 16, math.floor(1 + (gb - 2 - one) / (two - one))) for gb, _ in known]
+    kinds = list(dict.fromkeys(known))  # cards of a kind take as many windows
+    largest = [min(n, 16, math.floor(1 + (gb - 2 - one) / (two - one))) for gb, _ in kinds]
     best = None
-    for sizes in itertools.product(*(range(1, size + 1) for size in largest)):
+    for chosen in itertools.product(*(range(1, size + 1) for size in largest)):
+        sizes = [chosen[kinds.index(card)] for card in known]
         # a step waits for the slowest card; of equals the smallest
         seconds = max(size / tflops for size, (_, tflops) in zip(sizes, known, strict=True))
         seconds *= n / sum(sizes)
@@ -685,7 +693,8 @@ def plan_cards(config, process_gb):
         return {"cards": cards, "hours": None}
     hours = best[0] / n * run_tflop(config) / share_of_peak / 3600
     sizes = ",".join(map(str, best[1]))
-    print(f"cards: rank_batch_sizes={sizes}; {hours:.1f} hours at {share_of_peak:.0%} of the "
+    several = f"rank_batch_sizes={sizes}; " if len(known) > 1 else ""
+    print(f"cards: {several}{hours:.1f} hours at {share_of_peak:.0%} of the "
           "cards' peak, without evaluation and on-policy text")
     return {"cards": cards, "rank_batch_sizes": sizes, "hours": hours}
 
@@ -705,6 +714,7 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
     """For convert.py --dry_run: memory on paper, then three steps of each stage, timed."""
     device, cpu = model.device, torch.device("cpu")
     loaded = sum(p.numel() * p.element_size() for p in model.parameters() if p.device == cpu)
+    use({"n_processes": processes.SIZE})
     try:
         measure_memory(limit_gb, loaded / 1e9)
     except UserError as error:
@@ -725,6 +735,18 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
 
 # --------------------------------------------------------------------------------------------------
 # The script
+def limit_of_estimate():
+    """The GB that --estimate is for: max_memory_gb, or the smallest card's, or this device's."""
+    if convert.max_memory_gb:
+        return convert.max_memory_gb
+    if cards:
+        with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
+            return min(float(card.split(":")[0]) for card in cards.split(",")) - 2
+    if device_type() == "cuda" and not torch.cuda.is_available():
+        raise UserError("max_memory_gb: no GPU is here; say for which, as --max_memory_gb=45")
+    return machine.limit_memory(machine.pick_device(convert.device), 0)
+
+
 def measure():
     """A row of all that is asked for."""
     if random_weights:
@@ -733,8 +755,7 @@ def measure():
             config = model_files.load_config(convert.model_name).to_json_string(use_diff=False)
         use({"model_config": config, "tokenizer_name": "bytes"})
     if estimate:
-        limit = convert.max_memory_gb
-        return measure_memory(limit or machine.limit_memory(machine.pick_device(convert.device), 0))
+        return measure_memory(limit_of_estimate())
     row = measure_training() if train else {}
     return row | measure_sampling() if sampling else row
 

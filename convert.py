@@ -89,7 +89,7 @@ beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW; below the usual 0.999 because the loss of one step is noisy
 max_grad_norm = 1.0  # 0: no clipping
 use_8bit_adam = True  # bitsandbytes: 2 bytes of state per parameter, not 8; slow on a CPU
-weights_dtype = "float32"  # of trained weights; bfloat16, rounded stochastically: 6 bytes less
+weights_dtype = "float32"  # of trained weights; bfloat16, rounded stochastically: 4 bytes less
 cpu_offload = False  # optimizer states in the host's memory; with fsdp also weights, gradients
 # stages
 stage0_epochs = 0.0  # AR pre-training, for a model_config without weights
@@ -372,6 +372,7 @@ class DiffusionLM(nn.Module):
 
         # 3) what the methods below keep between calls
         self.base = None  # where a frozen model is from; it is not saved again
+        self.runs_on = None  # the device, where shares of weights may be on the host meanwhile
         self.end_id = -1  # of the tokenizer's end of text, if it has one
         self.block_inputs = {}  # attention_inputs() of [clean | noisy], built once
         self.gate = None  # (B or 1, L, 1), 1 where adapters act; None: everywhere
@@ -382,7 +383,7 @@ class DiffusionLM(nn.Module):
 
     @property
     def device(self):
-        return self.mask_embedding.device
+        return self.runs_on or self.mask_embedding.device
 
     # -- the surgery
     def set_causal(self, causal):
@@ -557,7 +558,8 @@ class DiffusionLM(nn.Module):
             if teacher_rows is None:
                 teacher_rows, kl_weights = rows[:0], weights[:0]
             tensors = ids, t, rows, targets, weights, teacher_rows, kl_weights
-            if self.device.type == "cuda":  # from pinned memory the copies do not wait
+            if self.device.type == "cuda" and ids.device.type == "cpu":  # FSDP has moved them
+                # from pinned memory the copies do not wait
                 tensors = [x.pin_memory() for x in tensors]
             tensors = [x.to(self.device, non_blocking=True) for x in tensors]
             ids, t, rows, targets, weights, teacher_rows, kl_weights = tensors
@@ -931,36 +933,43 @@ def lr_factor(step, steps, warmup, schedule):
 # ----------------------------------------------------------------------------------------------
 # Evaluation
 @torch.no_grad()
-def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
-    """Metrics on windows (n, T) of a model in eval mode, with fixed noise: eval_nelbo in nats per
-    token, its standard error over windows, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the
-    causal mode. For blocks also eval_nelbo_sampler: the bound of what the sampler does, which
-    takes the first token of a block from the causal state before it unmasks the others."""
-    x0 = torch.from_numpy(windows.astype(np.int64))  # (n, T)
+def window_losses(model, x0, autocast, noise_seed, micro_batch):
+    """The losses (2 or 3, n) of windows x0 (n, T) with fixed noise: diffusion, AR, for blocks also
+    diffusion with the first token of each block known. 0 for windows of other processes."""
     u, noise = sample_noise(*x0.shape, noise_seed, model.block_size)
-
-    def losses(diffusion, ar, first_known=False):
+    kinds = [(1.0, 0.0, False), (0.0, 1.0, False)]
+    if model.block_size:
+        kinds.append((1.0, 0.0, True))
+    losses = torch.zeros(len(kinds), len(x0), device=model.device)
+    for total, (diffusion, ar, first_known) in zip(losses, kinds, strict=True):
         # the linear schedule makes all counts of masks equally likely, which has least variance
         batch = loss_weights(x0, u, noise, model, diffusion, ar, 0, "linear", first_known)
-        total = torch.zeros(len(x0), device=model.device)  # by window
         always = processes.passes_of_all(batch, model)
-        for windows in processes.share_of(len(x0)).split(micro_batch):
+        for windows in processes.windows_of_rank(len(x0)).split(micro_batch):
             part = [x[windows % len(x0)] for x in batch]
             for weights in part[3:]:
-                weights[windows >= len(x0)] = 0  # there to give each process as many
+                weights[windows >= len(x0)] = 0  # padding
             for inputs in forward_passes(part, micro_batch, model, 0.0, always):
                 with autocast:
                     found = model.loss(**inputs)
                 rows = inputs["rows"] // inputs["ids"].shape[1]
                 total.index_add_(0, (windows[rows] % len(x0)).to(model.device), found)
-        return processes.total(total)
+    return losses
 
-    of_windows = losses(1.0, 0.0)
-    nelbo, ar_loss = of_windows.sum().item(), losses(0.0, 1.0).sum().item()  # nats per token
-    error = of_windows.std(correction=min(1, len(x0) - 1)) * len(x0) ** 0.5
+
+def evaluate(model, tokenizer, windows, autocast, noise_seed, state):
+    """Metrics on windows (n, T) of a model in eval mode, with fixed noise: eval_nelbo in nats per
+    token, its standard error over windows, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the
+    causal mode. For blocks also eval_nelbo_sampler: the bound of what the sampler does, which
+    takes the first token of a block from the causal state before it unmasks the others."""
+    x0 = torch.from_numpy(windows.astype(np.int64))  # (n, T)
+    work = functools.partial(window_losses, model, x0, autocast, noise_seed)
+    losses = processes.total(with_less_memory(work, state, model, size="eval_micro_batch"))
+    nelbo, ar_loss, *of_sampler = losses.sum(1).tolist()  # nats per token
+    error = losses[0].std(correction=min(1, len(x0) - 1)) * len(x0) ** 0.5
     row = {"eval_nelbo": nelbo, "eval_nelbo_se": error.item()}
-    if model.block_size:
-        row["eval_nelbo_sampler"] = losses(1.0, 0.0, first_known=True).sum().item()
+    if of_sampler:
+        row["eval_nelbo_sampler"] = of_sampler[0]
     scored = [ids[1:][ids[1:] >= 0] for ids in windows]
     n_bytes = sum(len(tokenizer.decode(x, skip_special_tokens=True).encode()) for x in scored)
     bits = nelbo * sum(map(len, scored)) / math.log(2)
@@ -971,17 +980,13 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch):
 def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     """Evaluate on held-out windows, continue sample_prompt, print and log both."""
     prompt = encode_prompt(model, tokenizer, sample_prompt, 32)
-
-    def work(micro_batch):
-        noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
-        row = evaluate(model, tokenizer, windows, autocast, noise_seed, micro_batch)
-        with autocast:
-            texts, _ = generate(model, [prompt], 32, 32)
-        return row | {"sample": tokenizer.decode(texts[0])}
-
+    noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
     model.eval()
     with eagerly(), model.attention(model.kernel):  # as flex_attention must be compiled
-        row = with_less_memory(work, state, model, size="eval_micro_batch")
+        row = evaluate(model, tokenizer, windows, autocast, noise_seed, state)
+        with autocast:
+            texts, _ = generate(model, [prompt], 32, 32)
+    row["sample"] = tokenizer.decode(texts[0])
     processes.reshard(model)
     model.train()
     if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
@@ -1012,7 +1017,7 @@ def train_step(model, training, autocast, stage, x0, state):
             with autocast:
                 loss = model.loss(**inputs).sum()
             with record_function("backward"):  # before the next pass switches attention
-                training["scaler"].scale(loss * processes.averaged(model)).backward()
+                training["scaler"].scale(loss * processes.gradient_factor(model)).backward()
             total += loss.detach()
         return total
 
@@ -1022,7 +1027,10 @@ def train_step(model, training, autocast, stage, x0, state):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         processes.sum_gradients(model, params)
         scaler.unscale_(optimizer)
-        norm = processes.whole_scalar(nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf))
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = processes.same_norm(model, norm)
+        nn.utils.clip_grads_with_norm_(params, max_grad_norm or math.inf, norm)
+        norm = processes.gathered_number(norm)
         loss = processes.total(loss).item()  # here, and only here, it waits for the device
         norm = norm.item()
         lr = stage["lr"] * lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
@@ -1045,35 +1053,34 @@ def main(argv):
     out = Path(out_dir or f"outputs/{Path(name).name.removesuffix('.py')}_diffusion")
     device, autocast, limit_gb = set_up_device(s)
     state, checkpoint_dir = processes.from_rank_0(find_checkpoint, out, s, allowed)
-    if processes.SIZE > 1:
-        state["micro_batch"] = share_of_step()[1]
+    processes.share_sizes(state, share_of_step()[1])
 
     # model and data
     torch.manual_seed(seed)  # for what has random weights
     source = (checkpoint_dir,) if checkpoint_dir else (model_name, tokenizer_name, model_config)
     model, tokenizer = load_model(source[0], device, model_settings(), *source[1:])
     encode_prompt(model, tokenizer, sample_prompt, 32)  # if it is too long, that shows now
-    probe_report = probe(model.to(device), max_seq_length)
+    spread = choose_parallel(model, s, state, checkpoint_dir, device, limit_gb)
+    if spread != "fsdp":  # else a card may not have room for all of it
+        model.to(device)
+    probe_report = probe(model, max_seq_length)
     train_data, val_data, data_report = load_data(tokenizer, s, state)
     stages = make_stages(len(train_data))
     trained = count_trained(model, stages)
     print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report)
     disk_gb = check_disk(model, out, s, trained["everything"])
-    set_up_model(model, s, state["checkpointing"], autocast)
+    processes.from_rank_0(try_to_save, model, out, s, checkpoint_dir)
+    set_up_model(model, s, state["checkpointing"], autocast, device, spread)
     model.train()
     if dry_run:
         from bench import print_cost  # bench.py imports this module, so not before
         print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb)
-        return processes.part()
+        return processes.disconnect()
 
     # the run
-    processes.from_rank_0(try_to_save, model, out, checkpoint_dir)
     log = open_log(out, s, state, stages, limit_gb)
     stop = stop_on_signal()
-    if choose_parallel(model, s, limit_gb) == "fsdp":
-        processes.shard(model, decoder_layers(model.lm), autocast, cpu_offload)
     saved, own_text = load_training(checkpoint_dir, s, state, model)
-    state["sharded"] = processes.is_sharded(model)
     while state["stage"] < len(stages):
         stage = stages[state["stage"]]
         if not stage["steps"]:  # skipped; an optimizer saved in it would not fit the next stage
@@ -1103,19 +1110,19 @@ def main(argv):
             state["tokens"] += x0.numel()
             log_step(loss, norm, lr, seconds, s, stage, state, log, device)
             last = state["step"] == stage["steps"]
-            processes.share_stop(stop)
-            if last or stop or save_steps and state["total"] % save_steps == 0:
+            stopping = processes.agree_to_stop(stop)
+            if last or stopping or save_steps and state["total"] % save_steps == 0:
                 save(out, f"checkpoint_{state['total']}", model, tokenizer, s, model_settings(),
                      state, log, training, own_text)
-            if stop:
-                leave(stop)
+            if stopping:
+                leave(stopping)
         state["stage"], state["step"] = state["stage"] + 1, 0
     log["bar"].close()
     last_stage = [stage for stage in stages if stage["steps"]][-1]
     evaluate_and_log(model, tokenizer, val_data, autocast, last_stage, state, log)
     save(out, "final", model, tokenizer, s, model_settings(), state, log)
     print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
-    processes.part()
+    processes.disconnect()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1198,8 +1205,8 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
         return new
 
     model.eval()
-    with (processes.unsharded(model), model.original_model() as lm, eagerly(),
-          pick_autocast(model.device, dtype), tqdm(
+    with (eagerly(), pick_autocast(model.device, dtype), processes.unsharded(model),
+          model.original_model() as lm, tqdm(
               total=tokens or None, desc="on-policy text", unit="tok",
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
         key = model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
@@ -1219,9 +1226,9 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
                     processes.from_rank_0(append_windows, path, part)
                     done = np.concatenate([done, part])
                     bar.update(int((part >= 0).sum()))
-            processes.share_stop(stop)
-            if stop:
-                leave(stop)
+            stopping = processes.agree_to_stop(stop)
+            if stopping:
+                leave(stopping)
     if bar.n < tokens:
         print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
     model.train()

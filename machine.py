@@ -25,8 +25,11 @@ def pick_device(name, local_rank=None):
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if mps else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
+    if local_rank is not None:
+        if name.startswith("cuda:"):
+            raise UserError(f"device: under torchrun cuda without a number, not '{name}'")
+        if name == "cuda":
+            name = f"cuda:{local_rank}"
     with errors_as(f"device: '{name}' is not there; torch {torch.__version__} for CUDA "
                    f"{torch.version.cuda} sees {n_cuda} CUDA devices, mps: {mps}"):
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
@@ -130,17 +133,21 @@ def set_up_device(s):
     return found, autocast, limit_gb
 
 
-def choose_parallel(model, s, limit_gb):
-    """ddp or fsdp, as set, or ddp where the whole model and its training fit each card."""
+def choose_parallel(model, s, state, checkpoint_dir, device, limit_gb):
+    """ddp or fsdp: as set, or as before where 8-bit states continue, or ddp where a whole model and
+    its training fit each card."""
     if s.parallel or processes.SIZE == 1:
         return s.parallel
+    if checkpoint_dir and s.use_8bit_adam:
+        return "fsdp" if state["sharded"] else "ddp"
     from bench import estimate_memory  # bench.py imports this module, so not before
     try:
-        gb = estimate_memory(model.lm.config, {}, memory_gb(model.device)[0])["total"]
+        size = {"batch_size": state["micro_batch"]}
+        gb = estimate_memory(model.lm.config, size, 0.5)["total"]  # 0.5: the process, on a CPU
     except UserError as error:
         print(f"parallel: ddp, as memory is not estimated: {error}")
         return "ddp"
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         limit_gb /= processes.SIZE
     too_much = processes.largest(gb - limit_gb)  # on the smallest card
     if too_much <= 0:
@@ -154,8 +161,11 @@ def choose_parallel(model, s, limit_gb):
     return "fsdp"
 
 
-def set_up_model(model, s, checkpointing, autocast):
-    """Switch on what saves time or memory on the model's device and changes no loss."""
+def set_up_model(model, s, checkpointing, autocast, device=None, spread=""):
+    """Switch on what saves time or memory on the model's device and changes no loss. With spread
+    "fsdp" each process keeps its share of the weights, on its device."""
+    if spread == "fsdp":
+        processes.shard(model, decoder_layers(model.lm), device, autocast, s.cpu_offload)
     if s.cpu_offload and model.device.type != "cuda":
         print("cpu_offload: there is no CUDA device here, so nothing is offloaded")
     cpu = model.device.type == "cpu"
@@ -166,7 +176,9 @@ def set_up_model(model, s, checkpointing, autocast):
         embedding.sparse = True  # adds to the head's gradient row by row, not as another matrix
     if checkpointing:
         checkpoint_layers(model)
-    if model.block_size and model.device.type == "cuda":
+    if processes.is_sharded(model) and model.block_size:
+        print("block_size: with fsdp no flex_attention, but a mask tensor")
+    elif model.block_size and model.device.type == "cuda":
         try_flex_attention(model, s.max_seq_length, autocast)
     if s.compile_model:
         try:  # what a machine without a compiler lacks shows here, not in the first step
@@ -180,12 +192,13 @@ def set_up_model(model, s, checkpointing, autocast):
 
 def stop_on_signal():
     """A list that gets the number of a signal to stop: Ctrl-C, SIGTERM, a closed terminal, Slurm's
-    warning. A second Ctrl-C or SIGTERM ends the process at once."""
+    warning. A second Ctrl-C or SIGTERM ends the process at once, but not under torchrun, which
+    sends one itself."""
     stop = []
 
     def handler(number, frame):
         if stop and number in (signal.SIGINT, signal.SIGTERM):
-            if not processes.LAUNCHED:  # torchrun sends a second one, too, and waits 30 s
+            if not processes.LAUNCHED:
                 sys.exit(128 + number)
             return
         stop.append(number)
@@ -204,11 +217,11 @@ def stop_on_signal():
     return stop
 
 
-def leave(stop):
-    """End the process after a signal, and print how to continue."""
+def leave(number):
+    """End the process after the signal of this number, and print how to continue."""
     once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
     again = [arg for arg in sys.argv if not arg.startswith(once)]
     start = ["torchrun", "..."] if processes.LAUNCHED else ["python"]
     tqdm.write(f"stopped; continue with: {shlex.join([*start, *again, '--resume'])}")
-    processes.part()
-    sys.exit(128 + stop[0])
+    processes.disconnect()
+    sys.exit(128 + number)

@@ -250,7 +250,7 @@ def whole_tensors(model):
     if not model.base:
         with model.original_model() as lm:
             tensors[""] = lm.state_dict(keep_vars=True)  # which has tied weights as one
-    return {file: processes.whole(part) for file, part in tensors.items()}
+    return {file: processes.gathered(part) for file, part in tensors.items()}
 
 
 def save_folder(path, model, tokenizer, record, training=None, tensors=None):

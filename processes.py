@@ -27,18 +27,17 @@ SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many processes
 RESTARTS = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if LAUNCHED else 0
 
 members = []  # (host, process id) of each rank
-stores = []  # the one through which they found one another
+store = dist.HashStore()  # through which they find one another; under torchrun, its own
 
 
 def join(device):
     """Wait for the other processes. Only rank 0 prints; errors of the others are told by run()."""
     if dist.is_initialized():
         return
-    store = dist.HashStore()
+    global store
     if LAUNCHED:  # a start of its own for each restart, whose addresses differ
         store = dist.PrefixStore(f"start {RESTARTS}", next(dist.rendezvous("env://"))[0])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    stores.append(store)
     # nobody is waited for in vain: torchrun ends all when one has died. But tokenising takes hours
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1), world_size=SIZE,
                             rank=RANK, store=store)
@@ -46,12 +45,12 @@ def join(device):
     dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
 
 
-def part():
+def disconnect():
     """End the connection when all processes have come this far. They count up to it in the store of
     torchrun, as a barrier fails in a process whose neighbour leaves it first."""
     if dist.is_initialized():
-        stores[0].add("parted", 1)
-        while stores[0].add("parted", 0) < SIZE:
+        store.add("leaving", 1)
+        while store.add("leaving", 0) < SIZE:
             time.sleep(0.05)
         dist.destroy_process_group()
 
@@ -99,7 +98,7 @@ def from_rank_0(work, *args):
     dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
     if isinstance(outcome[0], BaseException):
         if isinstance(outcome[0], SystemExit):
-            part()
+            disconnect()
         raise outcome[0]
     return outcome[0]
 
@@ -111,6 +110,11 @@ def largest(value):
     found = torch.tensor(value)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
+
+
+def smallest(value):
+    """The smallest of the numbers that the ranks have."""
+    return -largest(-value)
 
 
 def total(tensor):
@@ -136,13 +140,16 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def shard(model, layers, autocast, offload):
-    """Give this process its share of a model: of each layer, and of the rest as one group.
+def shard(model, layers, device, autocast, offload):
+    """Give this process, on its device, its share of a model: of each layer, and of the rest as one
+    group.
 
     A layer's weights are gathered, in the dtype of autocast, while it runs. offload: the shares are
-    on the host meanwhile.
+    on the host meanwhile, if the device is a GPU.
     """
-    mesh = dist.device_mesh.init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    model.runs_on = device
+    offload = offload and device.type == "cuda"
     half = None if autocast.fast_dtype == torch.float32 else autocast.fast_dtype
     how = {
         "mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
@@ -170,7 +177,7 @@ def sum_gradients(model, params):
         work.wait()
 
 
-def whole(tensors):
+def gathered(tensors):
     """Tensors by name, those that shard() has split put together on rank 0's host; on the other
     ranks they are None."""
     found, seen = {}, {}
@@ -178,22 +185,22 @@ def whole(tensors):
         if isinstance(x, DTensor):
             if id(x) not in seen:  # tied weights once
                 full = x.detach().full_tensor()
-                seen[id(x)] = None if RANK else full[:].cpu()  # waits for it
+                seen[id(x)] = None if RANK else full[:].cpu()  # [:] waits for the gathering
             x = seen[id(x)]
         found[name] = x
     return found
 
 
-def whole_optimizer(optimizer):
+def gathered_optimizer(optimizer):
     """The state of an optimizer on rank 0, as one without shard() has it. But 8-bit states are kept
     as the parts of the processes, as the whole would have other blocks of 256 numbers."""
-    state, gather = optimizer.state_dict(), whole
+    state, gather = optimizer.state_dict(), gathered
     if type(optimizer).__module__.startswith("torchao"):
-        gather = parts
+        gather = gathered_parts
     return state | {"state": {i: gather(entry) for i, entry in state["state"].items()}}
 
 
-def parts(tensors):
+def gathered_parts(tensors):
     """Tensors by name; of one that shard() has split, on rank 0, {"parts": those of all ranks}, in
     8 bits as (codes, scale, qmap, signed)."""
     found = dict(tensors)
@@ -202,6 +209,8 @@ def parts(tensors):
             local, gathered = x.to_local(), None
             if type(local).__name__ == "OptimState8bit":
                 local = local.codes.cpu(), local.scale.cpu(), local.qmap.cpu(), local.signed
+            else:
+                local = local.cpu()
             if RANK == 0:
                 gathered = [None] * dist.get_world_size()
             dist.gather_object(local, gathered)
@@ -210,15 +219,21 @@ def parts(tensors):
 
 
 def load_optimizer(optimizer, saved):
-    """Give an optimizer its part of a state of whole_optimizer(), of any number of processes."""
+    """Give an optimizer its part of a state of gathered_optimizer(), of any number of processes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {name: own_part(x, params[i]) for name, x in entry.items()}
              for i, entry in saved["state"].items()}
     optimizer.load_state_dict(saved | {"state": state})
+    if type(optimizer).__name__.startswith("Paged"):  # bitsandbytes loads onto the device
+        for p in params:
+            entry = optimizer.state[p]
+            for name in {"state1", "state2"} & entry.keys():
+                paged = optimizer.get_state_buffer(p, dtype=entry[name].dtype)
+                entry[name] = paged.copy_(entry[name])
 
 
 def own_part(x, p):
-    """What goes with this process's share of a parameter p, of x in whole_optimizer()'s state."""
+    """What goes with this process's share of a parameter p, of a state x that was gathered."""
     if isinstance(x, dict) and "parts" in x:  # bitsandbytes has dicts of its own
         local = own_eight_bits(x["parts"], p)
     elif isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.shape == p.shape:
@@ -237,7 +252,7 @@ def own_rows(x):
 
 
 def own_eight_bits(parts, p):
-    """This process's part of a state that parts() gathered. From another number of processes it is
+    """This process's part of a state of gathered_parts(). From another number of processes it is
     quantised anew."""
     from torchao.optim.subclass_8bit import OptimState8bit  # slow to import
     signed = None
@@ -253,12 +268,20 @@ def own_eight_bits(parts, p):
     return OptimState8bit.zeros(local.shape, signed).copy_(local)
 
 
-def averaged(model):
-    """By how much to multiply a loss whose gradients shard() averages, so that they are summed."""
+def gradient_factor(model):
+    """By what a loss is multiplied, as FSDP averages gradients over ranks, to have their sum."""
     return dist.get_world_size() if is_sharded(model) else 1
 
 
-def whole_scalar(x):
+def same_norm(model, norm):
+    """The norm of all gradients, the same to the last bit on each rank: cards of different kinds
+    sum in different orders, and replicas would drift apart."""
+    if SIZE > 1 and not is_sharded(model):
+        dist.broadcast(norm, 0)
+    return norm
+
+
+def gathered_number(x):
     """A number that all processes have a part of, as an ordinary tensor."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -271,9 +294,10 @@ def reshard(model):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """A sharded model's embeddings and head, which no layer gathers, are whole."""
+    """Within, embeddings and head of a sharded model, which no layer gathers, can be used outside
+    of its forward()."""
     if is_sharded(model):
-        with torch.no_grad():  # layers cannot run before the whole has run once
+        with torch.no_grad():  # FSDP asks for one forward() of the whole before layers run
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
         model.unshard()
     try:
@@ -313,14 +337,19 @@ def passes_of_all(batch, model):
     return [name for name, w in weights.items() if w.any()]
 
 
-def share_of(n):
-    """The numbers of this process's part of n things. Each process gets as many: those that are n
-    or more are there to fill up."""
+def share_sizes(state, size):
+    """Give the state of a run this process's micro-batch, and the smallest of all for evaluation,
+    where each takes as many windows."""
+    if SIZE > 1:
+        state["micro_batch"], state["eval_micro_batch"] = size, smallest(size)
+
+
+def windows_of_rank(n):
+    """Which of n windows are this process's. Each process gets as many: numbers from n on are
+    padding."""
     return torch.arange(RANK, n + -n % SIZE, SIZE)
 
 
-def share_stop(stop):
-    """If a process was told to stop, by the number of a signal in its list stop, all are."""
-    number = largest(stop[0] if stop else 0)
-    if number and not stop:
-        stop.append(number)
+def agree_to_stop(stop):
+    """The number of a signal to stop that any process has in its list stop, on all ranks, or 0."""
+    return largest(stop[0] if stop else 0)

@@ -213,7 +213,7 @@ def save(out, name, model, tokenizer, s, ours, state, log, training=None, own_te
     record = {"model": ours, "max_seq_length": s.max_seq_length, "state": state,
               "settings": vars(s), "versions": versions}
     if training:
-        training = {"optimizer": processes.whole_optimizer(training["optimizer"]),
+        training = {"optimizer": processes.gathered_optimizer(training["optimizer"]),
                     "scaler": training["scaler"].state_dict(),
                     "own_text": {name: torch.from_numpy(x) for name, x in own_text.items()}}
     tensors = whole_tensors(model)
@@ -228,23 +228,25 @@ def save(out, name, model, tokenizer, s, ours, state, log, training=None, own_te
 def load_training(checkpoint_dir, s, state, model):
     """(The states of optimizer and scaler, on-policy text) of a checkpoint, if there is one.
     UserError if it is of another version, or its 8-bit optimizer of another kind."""
-    if not checkpoint_dir:
-        return None, {}
     sharded = processes.is_sharded(model)
+    if not checkpoint_dir:
+        state["sharded"] = sharded
+        return None, {}
     if s.use_8bit_adam and state["sharded"] != sharded:
         flag = "--parallel=fsdp" if state["sharded"] else "--parallel=ddp"
         raise UserError(f"parallel: the 8-bit optimizer in {checkpoint_dir} goes on with {flag}")
     if s.use_8bit_adam and (sharded or s.weights_dtype == "bfloat16"):
         import torchao.optim  # noqa: F401  its states can be loaded once it is imported
+    state["sharded"] = sharded
     with errors_as(f"checkpoint: {checkpoint_dir} is of another version"):
         saved = torch.load(checkpoint_dir / "training.pt", map_location="cpu")
         kept = saved["own_text"] if s.on_policy_tokens else {}
         return saved, {k: x.numpy() for k, x in kept.items() if x.shape[1] == s.max_seq_length}
 
 
-def try_to_save(model, out, checkpoint_dir):
+def try_to_save(model, out, s, checkpoint_dir):
     """Save the model as it came and remove it again: what cannot be saved shows before the work."""
-    if model.base or checkpoint_dir:  # is not saved, or was saved before
+    if model.base or checkpoint_dir or s.dry_run:  # is not saved, or was saved before
         return
     with errors_as(f"out_dir: cannot write to '{out}'"):
         out.mkdir(parents=True, exist_ok=True)
@@ -298,10 +300,22 @@ def find_checkpoint(out, s, allowed):
     record, settings = read_record(source, s, allowed), dict(vars(s))
     if here and any(int(p.name[11:]) > record["state"]["total"] for p in newest_first):
         raise UserError(f"checkpoint: {out} goes on to later ones; --out_dir=... branches off here")
+    compare_settings(source, record, settings)
+    state = new_state(s) | record["state"]
+    return state | {"micro_batch": min(s.batch_size, state["micro_batch"])}, source
+
+
+def compare_settings(source, record, settings):
+    """Print what is no longer as it was in the run of a checkpoint; UserError for what may not
+    change."""
     for name in ("use_8bit_adam", "dtype", "weights_dtype"):
         if record["settings"].get(name, settings[name]) != settings[name]:
             raise UserError(f"{name}: the optimizer in {source} was made with another; keep that, "
                             f"or start from its weights, with --model_name={source}")
+    offload = record["settings"].get("cpu_offload", False), settings["cpu_offload"]
+    if len(set(offload)) == 2 and not settings["use_8bit_adam"]:
+        raise UserError(f"cpu_offload: 32-bit states in {source} are of another kind; keep "
+                        f"--cpu_offload={offload[0]}")
     for name in ("resume", "checkpoint", "out_dir", "dry_run", "cache_dir", "save_steps",
                  "log_steps", "eval_steps", "keep_checkpoints", "sample_prompt", "use_wandb",
                  "wandb_project", "max_memory_gb", "auto_memory", "parallel", "rank_batch_sizes",
@@ -312,8 +326,6 @@ def find_checkpoint(out, s, allowed):
                for name, value in settings.items() if before[name] != value]
     note = f"; no longer the run it was: {', '.join(changed)}" if changed else ""
     print(f"resume: {source}{note}")
-    state = new_state(s) | record["state"]
-    return state | {"micro_batch": min(s.batch_size, state["micro_batch"])}, source
 
 
 def read_record(folder, s, allowed):

@@ -82,7 +82,7 @@ def at(phase, act):
             append(path, windows[9:])
         convert.append_windows = in_two_parts
     elif phase == "training":  # between the backward pass and the update
-        after(convert.nn.utils, "clip_grad_norm_", 8, act)
+        after(convert.nn.utils, "clip_grads_with_norm_", 8, act)
     elif phase == "evaluating":
         after(convert, "generate", 3, act)
     elif phase == "saving a checkpoint":  # all its files are there, but it has no name yet
@@ -560,15 +560,15 @@ def test_a_resume_from_another_models_checkpoint_says_so(run, whole, fault):
 @faults(["one gradient is not finite", "all gradients are not finite from step 5 on"])
 def test_gradients_that_are_not_finite_change_no_weight_and_ten_end_the_run(
         run, whole, monkeypatch, fault):
-    calls, real = itertools.count(1), convert.nn.utils.clip_grad_norm_
+    calls, real = itertools.count(1), convert.nn.utils.get_total_norm
     bad = [5] if "one" in fault else range(5, 99)
 
-    def broken(params, most):
+    def broken(gradients):
         if next(calls) in bad:
-            params[0].grad[0] = math.nan
-        return real(params, most)
+            gradients[0][0] = math.nan
+        return real(gradients)
 
-    monkeypatch.setattr(convert.nn.utils, "clip_grad_norm_", broken)
+    monkeypatch.setattr(convert.nn.utils, "get_total_norm", broken)
     more = ["--max_steps=24", "--save_steps=1", "--keep_checkpoints=99"]
     if "one" in fault:
         outcome = told(run(*more), "skipped")

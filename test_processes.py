@@ -272,6 +272,9 @@ def test_on_a_cpu_there_is_nothing_to_offload_and_one_line_says_so(run):
     printed = run(f"{NO_DROPOUT} --max_steps=4 --cpu_offload")
     assert printed.count("cpu_offload: ") == 1
     assert rows_of("out") == rows_of("b")
+    printed = together("--max_steps=4 --cpu_offload --parallel=fsdp --out_dir=shares", 1)
+    assert printed.count("cpu_offload: ") == 1
+    assert rows_of("shares") == rows_of("b")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -301,9 +304,9 @@ def test_the_estimate_of_weights_in_16_bits_and_of_shares(small_settings):
     full, half = estimate(), estimate(weights_dtype="bfloat16", use_8bit_adam=True)
     for purpose in ("weights", "gradients"):
         assert half[purpose] == pytest.approx(full[purpose] / 2, rel=0.2)  # but ours are in float32
-    small_settings(parallel="fsdp")
     shares = []
-    for bench.n_processes in (1, 2, 4):
+    for n in (1, 2, 4):
+        small_settings(parallel="fsdp", n_processes=n)
         shares.append(bench.estimate_step(config, 0.0))
     for one, two in zip(shares, shares[1:], strict=False):
         assert two["weights"] == pytest.approx(one["weights"] / 2)
