@@ -618,8 +618,8 @@ def memory_savers(config, limit_gb, process_gb):
     def gb(changes):
         return estimate_memory(config, off | changes, process_gb)["total"]
 
-    off = {"use_8bit_adam": False, "use_gradient_checkpointing": False, "load_in_4bit": False,
-           "weights_dtype": "float32", "cpu_offload": False}
+    off = {"use_8bit_adam": convert.weights_dtype == "bfloat16",  # which needs it
+           "use_gradient_checkpointing": False}
     savers = [{"use_8bit_adam": True}, {"use_gradient_checkpointing": True}]
     size, accumulation = convert.batch_size, convert.gradient_accumulation_steps
     while size % 2 == 0:
@@ -670,10 +670,7 @@ def measure_memory(limit_gb, loaded_gb=0.0):
 def plan_cards(config, process_gb):
     """The best rank_batch_sizes for cards, and the hours of the run on them, printed: of all sizes
     that fit the cards and divide the windows of a step."""
-    with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
-        known = [tuple(map(float, card.split(":"))) for card in cards.split(",")]
-        if not all(tflops > 0 for _, tflops in known):
-            raise ValueError("TFLOPS of 0")
+    known = known_cards()
     n = convert.batch_size * convert.gradient_accumulation_steps
     one, two = (estimate_memory(config, {"batch_size": size}, process_gb)["total"]
                 for size in (1, 2))
@@ -735,13 +732,25 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
 
 # --------------------------------------------------------------------------------------------------
 # The script
+def known_cards():
+    """[(GB, TFLOPS)] of the setting cards."""
+    with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
+        found = [tuple(map(float, card.split(":"))) for card in cards.split(",")]
+        if not all(len(card) == 2 and 0 < min(card) <= max(card) < 1e6 for card in found):
+            raise ValueError("two numbers each")
+    if len(set(found)) > 4:
+        raise UserError("cards: of at most 4 kinds")
+    return found
+
+
 def limit_of_estimate():
     """The GB that --estimate is for: max_memory_gb, or the smallest card's, or this device's."""
+    if cards:
+        known_cards()  # a mistake is told before the work
     if convert.max_memory_gb:
         return convert.max_memory_gb
     if cards:
-        with errors_as(f"cards: '{cards}' is not like 48:155,20:95, GB:TFLOPS of each"):
-            return min(float(card.split(":")[0]) for card in cards.split(",")) - 2
+        return min(gb for gb, _ in known_cards()) - 2
     if device_type() == "cuda" and not torch.cuda.is_available():
         raise UserError("max_memory_gb: no GPU is here; say for which, as --max_memory_gb=45")
     return machine.limit_memory(machine.pick_device(convert.device), 0)

@@ -178,10 +178,10 @@ def errors_as(prefix, kind=UserError, trial=False):
         raise kind(f"{prefix}: {first_line(error)}{advice}") from None
 
 
-def run(main, rank=0, lost=lambda error: None, scope=None):
+def run(main, rank=0, lost=lambda error: None, end=sys.exit, scope=None):
     """Call main(argv); an error ends as one line on stderr and an exit code. --help prints the
     settings in scope, by default those of main's module. lost(error): which other process of the
-    run has died, if that is what error means."""
+    run has died, if that is what error means. end(code): how to end after an error."""
     if sys.stdout:  # not closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up; training has its own
@@ -202,9 +202,10 @@ def run(main, rank=0, lost=lambda error: None, scope=None):
             if not text:
                 raise  # a bug: its traceback is wanted
         if rank:  # the same mistake is told by the first process, and torchrun ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)  # on a busy machine that takes a while
             text += f" (rank {rank})"
         print(f"error: {text}", file=stderr)
-        sys.exit(error.code if isinstance(error, UserError) else RunError.code)
+        end(error.code if isinstance(error, UserError) else RunError.code)
     finally:
         sys.stderr = stderr  # a bug's traceback is told by every process

@@ -1302,4 +1302,4 @@ def read_record(folder):
 
 if __name__ == "__main__":
     from convert import main  # one copy of the module, whoever else imports it
-    run(main, processes.RANK, processes.lost)
+    run(main, processes.RANK, processes.lost, processes.end)

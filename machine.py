@@ -221,7 +221,7 @@ def leave(number):
     """End the process after the signal of this number, and print how to continue."""
     once = "--checkpoint=", "--resume"  # from here on out_dir has the newest
     again = [arg for arg in sys.argv if not arg.startswith(once)]
-    start = ["torchrun", "..."] if processes.LAUNCHED else ["python"]
-    tqdm.write(f"stopped; continue with: {shlex.join([*start, *again, '--resume'])}")
+    start = "torchrun OPTIONS" if processes.LAUNCHED else "python"
+    tqdm.write(f"stopped; continue with: {start} {shlex.join([*again, '--resume'])}")
     processes.disconnect()
     sys.exit(128 + number)

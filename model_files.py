@@ -78,6 +78,9 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
     if four_bits and (config_json or "gguf_file" in where):
         raise UserError("load_in_4bit: needs a folder or hub name of a Hugging Face model, not "
                         "a model_config or a .gguf file")
+    if four_bits and "quantization_config" in vars(load_config(name)):
+        raise UserError(f"load_in_4bit: '{name}' has quantised weights already; take the model "
+                        "that they were made from")
     tokenizer = load_tokenizer(name, tokenizer_name, where)
     if config_json:
         config = load_config(name, config_json, tokenizer)

@@ -55,6 +55,15 @@ def disconnect():
         dist.destroy_process_group()
 
 
+def end(code):
+    """End the process after an error. With a connection, which the others may hold, at once."""
+    if dist.is_initialized():
+        for stream in (sys.__stdout__, sys.__stderr__):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def be_quiet():
     """Print nothing, unless this is rank 0."""
     if RANK:
@@ -309,23 +318,27 @@ def unsharded(model):
 def share_of_step(batch_size, accumulation, rank_batch_sizes):
     """(Which windows of a step are this process's, a slice; its micro-batch). UserError if they
     cannot be shared out in whole micro-batches."""
-    sizes = [batch_size] * SIZE
-    if rank_batch_sizes:
+    n, setting = batch_size * accumulation, "gradient_accumulation_steps"
+    sizes = [1] * SIZE
+    if rank_batch_sizes and SIZE > 1:
+        setting = "rank_batch_sizes"
         with errors_as(f"rank_batch_sizes: '{rank_batch_sizes}' is not like 3,1"):
             sizes = [int(size) for size in rank_batch_sizes.split(",")]
         if len(sizes) != SIZE or min(sizes) < 1:
             raise UserError(f"rank_batch_sizes: needs {SIZE} sizes of 1 or more, one for "
                             f"each process, not '{rank_batch_sizes}'")
-    n, together = batch_size * accumulation, sum(sizes)
+    together = sum(sizes)
     if n % together:
         fits = [x for x in (n // together * together, -(-n // together) * together) if x]
         raise UserError(
-            f"gradient_accumulation_steps: a step of {n} windows cannot be shared by processes "
-            f"that take {together} at a time; {' or '.join(map(str, fits))} windows can: "
-            "batch_size times gradient_accumulation_steps")
-    first = n // together * sum(sizes[:RANK])
+            f"{setting}: the {n} windows of a step, batch_size x gradient_accumulation_steps, "
+            f"cannot be shared by processes that take {together} at a time; "
+            f"{' or '.join(map(str, fits))} windows can")
+    first, own = n // together * sum(sizes[:RANK]), n // together * sizes[RANK]
     size = sizes[RANK]
-    return slice(first, first + n // together * size), size
+    if setting != "rank_batch_sizes":  # as many of batch_size as give equal micro-batches
+        size = max(size for size in range(1, batch_size + 1) if own % size == 0)
+    return slice(first, first + own), size
 
 
 def passes_of_all(batch, model):

@@ -67,12 +67,15 @@ def check_settings(s):
             s.cpu_offload and s.weights_dtype == "bfloat16",
         "dtype: float16 not with parallel=fsdp; take bfloat16":
             s.dtype == "float16" and s.parallel == "fsdp",
-        "rank_batch_sizes: needs torchrun": s.rank_batch_sizes and processes.SIZE == 1,
+        f"model_config: its weights are random, so model_name, '{s.model_name}', would not be "
+        "loaded; add --model_config=": s.model_config and Path(s.model_name).exists(),
         "auto_memory: not with several processes": s.auto_memory and processes.SIZE > 1,
     }
     for mistake, made in mistakes.items():
         if made:
             raise UserError(mistake)
+    if s.rank_batch_sizes and processes.SIZE == 1:
+        print("rank_batch_sizes: there is one process, which takes batch_size windows")
     if s.use_lora and s.stage3_epochs:
         print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
 
