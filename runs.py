@@ -51,6 +51,19 @@ def check_settings(s):
             own_text and s.on_policy_share < 1 and n_windows == 1,
         "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
             s.use_lora and s.stage0_epochs,
+    }
+    for mistake, made in (mistakes | mistakes_in_memory(s)).items():
+        if made:
+            raise UserError(mistake)
+    if s.rank_batch_sizes and processes.SIZE == 1:
+        print("rank_batch_sizes: there is one process, which takes batch_size windows")
+    if s.use_lora and s.stage3_epochs:
+        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
+
+
+def mistakes_in_memory(s):
+    """{mistake: whether it is made} among settings of memory and of several processes."""
+    return {
         "load_in_4bit: such weights cannot be trained; add --use_lora":
             s.load_in_4bit and not s.use_lora,
         "load_in_4bit: 4-bit weights cannot be sharded; take --parallel=ddp":
@@ -71,13 +84,6 @@ def check_settings(s):
         "loaded; add --model_config=": s.model_config and Path(s.model_name).exists(),
         "auto_memory: not with several processes": s.auto_memory and processes.SIZE > 1,
     }
-    for mistake, made in mistakes.items():
-        if made:
-            raise UserError(mistake)
-    if s.rank_batch_sizes and processes.SIZE == 1:
-        print("rank_batch_sizes: there is one process, which takes batch_size windows")
-    if s.use_lora and s.stage3_epochs:
-        print("use_lora: the AR model is frozen, there is nothing to recover: stage 3 is diffusion")
 
 
 def print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report):

@@ -583,7 +583,7 @@ def test_gradients_that_are_not_finite_change_no_weight_and_ten_end_the_run(
 OUTS = {  # fault: an object and its function that runs out of memory, when called for this time
     "out of memory in the forward pass": (convert.DiffusionLM, "loss", 16),
     "out of memory in the backward pass": (torch.Tensor, "backward", 4),
-    "out of memory in an evaluation": (convert, "generate", 2),
+    "out of memory in an evaluation": (convert, "window_losses", 2),
     "out of memory while writing own text": (convert, "ar_continue", 2),
     "out of memory in the update": (torch.optim.AdamW, "step", 8)}
 

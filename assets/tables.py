@@ -203,10 +203,20 @@ def sizes():
     return table(["", "cards", "GB on each", "`batch_size`", "switched on", "hours"], *rows)
 
 
+def options():
+    """What a step of SmolLM2 takes with each option, estimated and measured."""
+    rows = []
+    for r in rows_of("memory_options.jsonl"):
+        flags = " ".join(f"`{flag}`" for flag in r["flags"].split()) or "none"
+        rows.append([str(r["processes"]), flags, f"{r['estimated_gb']:.2f}",
+                     f"{r['measured_gb']:.2f}"])
+    return table(["processes", "options", "estimated, GB each", "measured, GB each"], *rows)
+
+
 PAGES = {
     "README.md": [blocks, stages, sizes],
     "assets/blocks.md": [ablation, masks, sampling],
-    "assets/memory.md": [cards, estimates, gpu, speed],
+    "assets/memory.md": [cards, estimates, options, gpu, speed],
 }
 
 
