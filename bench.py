@@ -745,12 +745,11 @@ def known_cards():
 
 def limit_of_estimate():
     """The GB that --estimate is for: max_memory_gb, or the smallest card's, or this device's."""
-    if cards:
-        known_cards()  # a mistake is told before the work
+    known = known_cards() if cards else []  # a mistake in them is told before the work
     if convert.max_memory_gb:
         return convert.max_memory_gb
-    if cards:
-        return min(gb for gb, _ in known_cards()) - 2
+    if known:
+        return min(gb for gb, _ in known) - 2
     if device_type() == "cuda" and not torch.cuda.is_available():
         raise UserError("max_memory_gb: no GPU is here; say for which, as --max_memory_gb=45")
     return machine.limit_memory(machine.pick_device(convert.device), 0)

@@ -886,6 +886,7 @@ def make_optimizer(params, use_8bit):
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     how = {"lr": learning_rate, "betas": (beta1, beta2)}
     kind, sharded = params[0].device.type, isinstance(params[0], DTensor)
+    paged = cpu_offload and kind == "cuda" and not sharded
     if use_8bit and kind == "mps":
         print("use_8bit_adam: not on mps, where AdamW has 32-bit states")
     elif use_8bit and (sharded or weights_dtype == "bfloat16"):
@@ -893,9 +894,9 @@ def make_optimizer(params, use_8bit):
         # torch 2.13 takes what it compiled for states of 32 bits for those of 8 bits, too
         torch._functorch.config.enable_autograd_cache = False
         return AdamW8bit(groups, bf16_stochastic_round=not sharded, **how)
-    elif use_8bit or cpu_offload and kind == "cuda" and not sharded:
+    elif use_8bit or paged:
         from bitsandbytes import optim  # slow to import
-        if cpu_offload and kind == "cuda":  # in memory that CUDA moves to the host as needed
+        if paged:  # in memory that CUDA moves to the host as needed
             return (optim.PagedAdamW8bit if use_8bit else optim.PagedAdamW)(groups, **how)
         return optim.AdamW8bit(groups, **how)
     return torch.optim.AdamW(groups, fused=True, **how)

@@ -156,7 +156,7 @@ def shard(model, layers, device, autocast, offload):
     A layer's weights are gathered, in the dtype of autocast, while it runs. offload: the shares are
     on the host meanwhile, if the device is a GPU.
     """
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device.type, (SIZE,))
     model.runs_on = device
     offload = offload and device.type == "cuda"
     half = None if autocast.fast_dtype == torch.float32 else autocast.fast_dtype
@@ -215,15 +215,15 @@ def gathered_parts(tensors):
     found = dict(tensors)
     for name, x in tensors.items():
         if isinstance(x, DTensor):
-            local, gathered = x.to_local(), None
+            local, of_all = x.to_local(), None
             if type(local).__name__ == "OptimState8bit":
                 local = local.codes.cpu(), local.scale.cpu(), local.qmap.cpu(), local.signed
             else:
                 local = local.cpu()
             if RANK == 0:
-                gathered = [None] * dist.get_world_size()
-            dist.gather_object(local, gathered)
-            found[name] = {"parts": gathered}
+                of_all = [None] * SIZE
+            dist.gather_object(local, of_all)
+            found[name] = {"parts": of_all}
     return found
 
 
@@ -244,7 +244,7 @@ def load_optimizer(optimizer, saved):
 def own_part(x, p):
     """What goes with this process's share of a parameter p, of a state x that was gathered."""
     if isinstance(x, dict) and "parts" in x:  # bitsandbytes has dicts of its own
-        local = own_eight_bits(x["parts"], p)
+        local = own_eight_bits(x["parts"])
     elif isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.shape == p.shape:
         local = own_rows(x)
     else:
@@ -256,11 +256,11 @@ def own_part(x, p):
 
 def own_rows(x):
     """This process's rows of a tensor, as shard() splits it."""
-    n = -(-len(x) // dist.get_world_size())
+    n = -(-len(x) // SIZE)
     return x[RANK * n:(RANK + 1) * n]
 
 
-def own_eight_bits(parts, p):
+def own_eight_bits(parts):
     """This process's part of a state of gathered_parts(). From another number of processes it is
     quantised anew."""
     from torchao.optim.subclass_8bit import OptimState8bit  # slow to import
@@ -268,7 +268,7 @@ def own_eight_bits(parts, p):
     for i, part in enumerate(parts):
         if isinstance(part, (tuple, list)):
             parts[i], signed = OptimState8bit(*part), part[3]
-    if len(parts) == dist.get_world_size():
+    if len(parts) == SIZE:
         return parts[RANK]
     floats = [part.dequantize() if isinstance(part, OptimState8bit) else part for part in parts]
     local = own_rows(torch.cat(floats))
@@ -279,7 +279,7 @@ def own_eight_bits(parts, p):
 
 def gradient_factor(model):
     """By what a loss is multiplied, as FSDP averages gradients over ranks, to have their sum."""
-    return dist.get_world_size() if is_sharded(model) else 1
+    return SIZE if is_sharded(model) else 1
 
 
 def same_norm(model, norm):
