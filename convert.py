@@ -42,7 +42,8 @@ import processes
 import runs
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
 from corpus import (
-    append_windows, ar_continue, encode_prompt, get_batch, load_data, read_windows, seed_for)
+    append_windows, ar_continue, encode_prompt, get_batch, load_data, read_windows, seed_for,
+    tokenizer_of)
 from machine import (
     checkpoint_layers, choose_parallel, leave, pick_autocast, set_up_device, set_up_model,
     stop_on_signal)
@@ -1058,7 +1059,7 @@ def main(argv):
 
     # model and data
     torch.manual_seed(seed)  # for what has random weights
-    source = (checkpoint_dir,) if checkpoint_dir else (model_name, tokenizer_name, model_config)
+    source = (checkpoint_dir,) if checkpoint_dir else (model_name, tokenizer_of(s), model_config)
     model, tokenizer = load_model(source[0], device, model_settings(), *source[1:])
     encode_prompt(model, tokenizer, sample_prompt, 32)  # if it is too long, that shows now
     spread = choose_parallel(model, s, state, checkpoint_dir, device, limit_gb)

@@ -3,6 +3,7 @@ training and held-out documents, and tokenised once. Prompts are encoded here to
 import functools
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -18,12 +19,15 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import processes
 from configurator import RunError, UserError, did_you_mean, errors_as, first_line
 
+BPE_SIZE = 1024  # pieces of a tokenizer that is trained on the data
 SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
 
 
@@ -120,6 +124,11 @@ def read_corpus(name, config, split, column, cache, answered=False):
         from pydoc_data.topics import topics
         texts = [re.sub(" {2,}", " ", text) for text in topics.values()]
         return {"train": texts, "held": None, "lines": 1, "chat": False, "key": sys.version}
+    if name == "world":
+        stories, held = world().write_stories(1_000_000), world().write_stories(100_000, seed=1)
+        known = set(stories)
+        held = [story for story in held if story not in known]
+        return {"train": stories, "held": held, "lines": 1, "chat": False, "key": "world 1"}
     train, held, kind = load_splits(name, config, split, cache)
     has = train.column_names
     if kind in ("text", "lines"):
@@ -149,6 +158,37 @@ def read_corpus(name, config, split, column, cache, answered=False):
     if kind != "text" and not chat:
         corpus["lines"] = lines_per_document(corpus["train"], head, kind)
     return corpus
+
+
+def world():
+    """The module assets/world.py: stories for a tiny model, and a parser that judges its own."""
+    if "world" not in sys.modules:
+        path = Path(__file__).with_name("assets") / "world.py"
+        spec = importlib.util.spec_from_file_location("world", path)
+        sys.modules["world"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["world"])
+    return sys.modules["world"]
+
+
+def tokenizer_of(s):
+    """The tokenizer_name of settings s; "bpe" is trained on the data and kept in cache_dir."""
+    if s.tokenizer_name != "bpe":
+        return s.tokenizer_name
+    corpus = read_corpus(s.dataset_name, s.dataset_config, s.dataset_split, s.text_column,
+                         s.cache_dir)
+    folder = Path(s.cache_dir) / f"bpe_{seed_for(s.dataset_name, corpus['key'], BPE_SIZE):x}"
+    if not folder.exists():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=BPE_SIZE, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False)
+        tokenizer.train_from_iterator(corpus["train"], trainer)
+        with errors_as(f"cache_dir: cannot write to '{s.cache_dir}'"):
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer,
+                                    eos_token="<|endoftext|>").save_pretrained(folder)
+    return str(folder.absolute())
 
 
 def text_of(table, column):

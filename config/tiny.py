@@ -2,24 +2,24 @@
 # stages. Downloads nothing.
 # python convert.py config/tiny.py
 #     about 4 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
-model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-                  "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
+                  "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 512,
                   "tie_word_embeddings": true}"""
-tokenizer_name = "bytes"
-dataset_name = "pydoc"
-max_seq_length = 256
+tokenizer_name = "bpe"
+dataset_name = "world"
+max_seq_length = 128
 eval_samples = 64
 
 # 8 windows x 256 bytes = 2,048 bytes a step
 # 900 steps: AR 270, attention 90, diffusion 450, recovery 90
-batch_size = 8
+batch_size = 16
 gradient_accumulation_steps = 1
 max_steps = 900
 stage0_epochs = 3.0
 stage1_epochs = 1.0
 stage2_epochs = 5.0
 stage3_epochs = 1.0
-learning_rate = 1.2e-3
+learning_rate = 2e-3
 stage0_lr_scale = 1.6  # random weights can take a higher rate than trained ones
 warmup_steps = 30
 
@@ -29,4 +29,4 @@ use_8bit_adam = False  # not needed for 1.8 M parameters
 use_gradient_checkpointing = False
 eval_steps = 50
 save_steps = 200
-sample_prompt = "The statement "
+sample_prompt = "Mia has two red balls."

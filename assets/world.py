@@ -1,0 +1,119 @@
+"""A small world whose stories a tiny model can learn, with a parser that says what is right.
+
+  python assets/world.py 1000000 > stories.txt  # about a megabyte of stories, one a line
+
+Somebody has something and puts it somewhere. There it is found, or asked for, and given away. One function, next_sentences(), says what may come next: stories are drawn from it, and
+a sentence is right if it is among what may stand there. So a model's text can be judged word by
+word, and of a hole in a story it is known what fits, given what comes before and after.
+"""
+import functools
+import random
+import re
+import sys
+
+PEOPLE = {**dict.fromkeys(("Anna", "Emma", "Mia", "Nora"), ("She", "her")),
+          **dict.fromkeys(("Ben", "Felix", "Leo", "Tom"), ("He", "his"))}
+COLOURS = "black", "blue", "green", "red", "white"
+THINGS = "ball", "book", "cup", "hat", "key", "lamp", "pen", "spoon"
+PLACES = ("in the bag", "in the box", "in the drawer", "on the chair", "on the shelf",
+          "on the table", "under the bed", "under the tree")
+NUMBERS = {"a": (0, "it", "It is"), "two": (1, "them", "They are")}
+START = ("", "", "", "", "", "", "start")
+
+
+def noun(number, thing):
+    """The thing, in the plural if there are two."""
+    return thing + "s" * NUMBERS[number][0]
+
+
+@functools.lru_cache(100_000)
+def next_sentences(state):
+    """{each sentence that may come next: the state after it}.
+
+    state: (whose the thing is, who else is there or "", number, colour, thing, place, what was told
+    last). The thing has two owners and two places, one after the other.
+    """
+    owner, other, number, colour, thing, place, last = state
+    if last == "start":
+        return {f"{person} has {number} {colour} {noun(number, thing)}.":
+                (person, "", number, colour, thing, "", "has")
+                for person in PEOPLE for number in NUMBERS for colour in COLOURS
+                for thing in THINGS}
+    what, (_, them, they_are) = noun(number, thing), NUMBERS[number]
+    she, her = PEOPLE[owner]
+    others = [other] if other else [person for person in PEOPLE if person != owner]
+    if last in ("has", "now has"):
+        then = {"has": "first place", "now has": "second place"}[last]
+        return {f"{she} puts {them} {new}.": (owner, other, number, colour, thing, new, then)
+                for new in PLACES if new != place}
+    if last in ("first place", "second place"):
+        then = {"first place": "found", "second place": "end"}[last]
+        asks = {f"{person} asks {owner} where the {what} {they_are.split()[1]}.":
+                (owner, person, number, colour, thing, place, "asked " + then)
+                for person in others}
+        return asks | {f"{owner} looks for {her} {what}.":
+                       (owner, other, number, colour, thing, place, "looked " + then)}
+    if last.startswith("asked"):
+        return {f"{they_are} {place}.": (*state[:-1], last.split()[1])}
+    if last.startswith("looked"):
+        return {f"{she} finds {them} {place}.": (*state[:-1], last.split()[1])}
+    if last == "found":
+        return {f"{owner} gives the {what} to {person}.":
+                (person, owner, number, colour, thing, place, "given") for person in others}
+    if last == "given":
+        return {f"Now {owner} has {number} {colour} {what}.": (*state[:-1], "now has")}
+    return {}
+
+
+def write_story(rng):
+    """A story, drawn with the random numbers of rng."""
+    state, sentences = START, []
+    while options := next_sentences(state):
+        sentence = rng.choice(list(options))
+        sentences.append(sentence)
+        state = options[sentence]
+    return " ".join(sentences)
+
+
+def write_stories(n_bytes, seed=0):
+    """Stories of n_bytes together or a little more."""
+    rng, stories, size = random.Random(seed), [], 0
+    while size < n_bytes:
+        stories.append(write_story(rng))
+        size += len(stories[-1]) + 1
+    return stories
+
+
+def judge(story):
+    """Of each whole sentence of a story, whether it may stand there. A wrong one changes nothing
+    for those after it."""
+    state, right = START, []
+    for sentence in re.findall(r"[^.]*\.", story):
+        options = next_sentences(state)
+        right.append(sentence.strip() in options)
+        state = options.get(sentence.strip(), state)
+    return right
+
+
+def answers(left, right=""):
+    """The words that fit between two parts of a story; without the right one, what may follow."""
+    state = START
+    *before, start = left.split(".")
+    for sentence in before:
+        state = next_sentences(state)[sentence.strip() + "."]
+    start = start.strip() + " " * bool(start.strip())
+    follow = {s[len(start):].split()[0].rstrip(".") for s in next_sentences(state)
+              if s.startswith(start)}
+    return {word for word in follow if not right or all(judge(left + word + right))}
+
+
+def holes(story):
+    """(left, word, right) of each word that only what stands to its right decides: nothing else
+    fits there, but from the left three words or more are possible."""
+    cuts = [(story[:m.start()], m[0], story[m.end():]) for m in re.finditer(r"\w+", story)]
+    return [(left, word, right) for left, word, right in cuts
+            if len(answers(left)) >= 3 and answers(left, right) == {word}]
+
+
+if __name__ == "__main__":
+    print("\n".join(write_stories(int(sys.argv[1]))))

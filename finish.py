@@ -1,0 +1,221 @@
+"""The end of a run: what the conversion changed, shown on held-out text.
+
+convert.main() calls show() once final/ is saved. The figures are also kept in out_dir/result.json,
+from which report.py takes them.
+"""
+import json
+import random
+import re
+import textwrap
+import time
+
+import torch
+from tqdm import tqdm
+
+from configurator import RunError, errors_as
+from convert import eagerly, generate
+from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
+from sample import decode_verified, text_after
+
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts and holes
+def held_out(tokenizer, val_data, s):
+    """Held-out texts to show: up to 50 stories of the world, or 8 windows of other data."""
+    if s.dataset_name == "world":
+        return read_corpus("world", "", "train", "", "")["held"][:50]
+    ids = [[max(x, ~x) for x in window[:64].tolist()] for window in val_data[:8]]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def cut_holes(texts, s):
+    """Holes (left, gap, right) in texts, fixed by the seed: words of the world's stories that only
+    the text to their right decides, or else two to four words in the middle of a text."""
+    rng, holes = random.Random(s.seed), []
+    for text in texts:
+        if s.dataset_name == "world":
+            found = world().holes(text)
+            holes += rng.sample(found, min(2, len(found)))
+            continue
+        words = re.findall(r"\s*\S+", text)
+        if len(words) >= 12:
+            start, n = rng.randrange(len(words) // 3, len(words) // 2), rng.randrange(2, 5)
+            holes.append(["".join(words[i:j]) for i, j in
+                          ((0, start), (start, start + n), (start + n, len(words)))])
+    return holes
+
+
+def encode_hole(tokenizer, left, gap, right):
+    """The ids of the three parts of a text around a hole."""
+    space = left[len(left.rstrip()):]  # a tokenizer joins a space to the word after it
+    gap, left = space + gap, left.rstrip()
+    parts = [tokenizer.encode(part, add_special_tokens=False) for part in (left, gap, right)]
+    parts[0] = opening(tokenizer) + parts[0] or [tokenizer.eos_token_id or 0]
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------
+# What the model does with them
+def write_all(model, tokenizer, prompts, n_new):
+    """The texts that diffusion writes behind prompts (lists of ids), one token in a pass."""
+    ends, rows = end_ids(model.lm, tokenizer), []
+    for start in tqdm(range(0, len(prompts), 10), "writing by unmasking", disable=None):
+        rows += generate(model, prompts[start:start + 10], n_new, n_new, ends)[0]
+    new = [row[len(ids):] for row, ids in zip(rows, prompts, strict=True)]
+    return [ids[:end_of(ids, ends)] for ids in new]
+
+
+def fill_holes(model, tokenizer, holes):
+    """What diffusion, and what the AR mode from the left alone, puts into holes."""
+    filled, guesses = [], []
+    for hole in tqdm(holes, "filling holes", disable=None):
+        left, gap, right = encode_hole(tokenizer, *hole)
+        [row], _ = generate(model, [left + [model.mask_id] * len(gap) + right], 0, len(gap))
+        filled.append(text_after(tokenizer, row[len(left):len(left) + len(gap)], left).strip())
+        guess = decode_verified(model, left, len(gap), 0, 0, GREEDY)[0]
+        guesses.append(text_after(tokenizer, guess, left).strip())
+    return filled, guesses
+
+
+def race(model, tokenizer, prompts, n_new):
+    """Plain AR decoding of prompts, and for a block model verified decoding in turns with it: (the
+    AR texts as lists of ids, figures)."""
+    ends, drafts = end_ids(model.lm, tokenizer), min(3, model.block_size - 1)
+    modes = {0: [], drafts: []} if model.block_size else {0: []}
+    seconds, forwards = dict.fromkeys(modes, 0.0), dict.fromkeys(modes, 0)
+    for n in modes:  # so that both are timed warm
+        decode_verified(model, prompts[0], 8, n, n + 1, GREEDY)
+    for ids in tqdm(prompts, "decoding", disable=None):
+        for n, texts in modes.items():
+            start = time.perf_counter()
+            new, passes, *_ = decode_verified(model, ids, n_new, n, n + 1, GREEDY, ends)
+            texts.append(new)
+            seconds[n] += time.perf_counter() - start
+            forwards[n] += passes
+    if not model.block_size:
+        return modes[0], {}
+    equal = sum(a == b for a, b in zip(modes[0], modes[drafts], strict=True))
+    n_tokens = sum(map(len, modes[drafts]))
+    return modes[0], {
+        "tokens_per_forward": n_tokens / forwards[drafts], "equal": equal, "texts": len(prompts),
+        "speed_over_ar": seconds[0] / seconds[drafts]}
+
+
+@torch.no_grad()
+def measure(model, tokenizer, val_data, s):
+    """Figures and examples on held-out text: {samples, hole, accepted, holes_right, verify}, as far
+    as they apply."""
+    texts, is_world = held_out(tokenizer, val_data, s), s.dataset_name == "world"
+    n_new = 64 if is_world else 32
+    starts = [text[:text.find(".") + 1] if is_world else text[:len(text) // 3] for text in texts]
+    prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 2]
+               for start in starts]
+    ar_texts, verify = race(model, tokenizer, prompts, n_new)
+    written = write_all(model, tokenizer, prompts, n_new)
+    both = [[text_after(tokenizer, new, ids) for new, ids in zip(side, prompts, strict=True)]
+            for side in (ar_texts, written)]
+    result = {"samples": [a + b for a, b in zip(starts, both[1], strict=True)][:3]}
+    if verify:
+        result["verify"] = verify
+    if is_world:
+        shares = []
+        for side in both:
+            right = [x for start, text in zip(starts, side, strict=True)
+                     for x in world().judge(start + text.partition(tokenizer.eos_token)[0])[1:]]
+            shares.append(sum(right) / max(1, len(right)))
+        result["accepted"] = {"ar": shares[0], "diffusion": shares[1]}
+    holes = [] if model.block_size else cut_holes(texts, s)
+    if holes:
+        filled, guesses = fill_holes(model, tokenizer, holes)
+        wanted = [gap.strip() for _, gap, _ in holes]
+        right = {"ar": sum(map(str.__eq__, guesses, wanted)) / len(holes),
+                 "diffusion": sum(map(str.__eq__, filled, wanted)) / len(holes)}
+        example = next((i for i, gap in enumerate(wanted) if filled[i] == gap != guesses[i]), 0)
+        left, gap, after = holes[example]
+        result["hole"] = {"left": left, "answer": gap.strip(), "right": after,
+                          "filled": filled[example], "ar_guess": guesses[example]}
+        if is_world:
+            result["holes_right"] = right
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# The screen
+def figures_of_log(path):
+    """What training_logs.jsonl says of the whole run: seconds of training, tokens, and the figures
+    before and after."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluations = [row for row in rows if "eval_nelbo" in row]
+    converting = [row for row in evaluations if not row["stage"].startswith("0")]
+    seconds, tokens = 0.0, 0
+    for row in rows:
+        if row.get("tokens_per_s"):
+            seconds += (row["tokens"] - tokens) / row["tokens_per_s"]
+            tokens = row["tokens"]
+    last = evaluations[-1]
+    return {"minutes": seconds / 60, "tokens": tokens, "ar_ppl_before": last["ar_ppl_before"],
+            "ar_ppl": last["ar_ppl"], "eval_nelbo_first": (converting or evaluations)[0]["eval_nelbo"],
+            "eval_nelbo": last["eval_nelbo"], "eval_nelbo_se": last["eval_nelbo_se"]}
+
+
+def screen(result, out, s):
+    """The text of the end screen."""
+    rule = "-" * 80
+    took = tqdm.format_interval(60 * result["minutes"])
+    lines = ["", rule, f"{out.name}: {took} of training on {result['tokens']:,} tokens", "",
+             f"{'':34}{'before':>10}{'after':>10}"]
+    if result["ar_ppl_before"]:
+        lines.append(f"{'AR model, perplexity':34}{result['ar_ppl_before']:10.3f}"
+                     f"{result['ar_ppl']:10.3f}")
+    lines.append(f"{'diffusion, NELBO in nats a token':34}{result['eval_nelbo_first']:10.3f}"
+                 f"{result['eval_nelbo']:10.3f}   (se {result['eval_nelbo_se']:.3f})")
+    if "samples" in result:
+        how = "block by block" if s.block_size else "by unmasking"
+        lines += ["", f"written {how} behind the start of held-out texts:"]
+        lines += [wrapped(text) for text in result["samples"]]
+    if "hole" in result:
+        hole = result["hole"]
+        lines += ["", "a hole in a held-out text:",
+                  wrapped(f"{hole['left']}[____]{hole['right']}"),
+                  f"    diffusion, from both sides    {hole['filled']!r}",
+                  f"    AR model, from the left       {hole['ar_guess']!r}",
+                  f"    the text has                  {hole['answer']!r}"]
+    if "accepted" in result:
+        lines += ["", f"{'judged by the grammar':34}{'AR model':>10}{'diffusion':>10}",
+                  percent("sentences that are right", result["accepted"])]
+    if "holes_right" in result:
+        lines.append(percent("holes filled rightly", result["holes_right"]))
+    if "verify" in result:
+        lines += ["", "verified decoding: {tokens_per_forward:.2f} tokens a pass, {speed_over_ar:.2f} "
+                  "times the speed of plain AR decoding,".format(**result["verify"]),
+                  "    {equal} of {texts} texts the same as its own".format(**result["verify"])]
+    flag = f"--out_dir={out}"
+    next_one = f'python sample.py {flag} --prompt="{s.sample_prompt}" --watch'
+    if s.block_size:
+        next_one = f"python sample.py {flag} --verify --compare"
+    return "\n".join([*lines, "", "next:", f"    {next_one}",
+                      f"    python sample.py {flag} --evaluate=my_text.txt", rule])
+
+
+def wrapped(text):
+    """A text as indented lines."""
+    return textwrap.fill(" ".join(text.split())[:400], 90, initial_indent="    ",
+                         subsequent_indent="    ")
+
+
+def percent(name, shares):
+    """A line of the screen: shares of the AR model and of diffusion."""
+    return f"{name:34}{shares['ar']:10.1%}{shares['diffusion']:10.1%}"
+
+
+def show(model, tokenizer, val_data, autocast, out, s):
+    """Measure, print the screen and keep it in out/result.json."""
+    result = figures_of_log(out / "training_logs.jsonl")
+    model.eval()
+    with eagerly(), model.attention(model.kernel), autocast:
+        result |= measure(model, tokenizer, val_data, s)
+    with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
+        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(screen(result, out, s))
