@@ -10,7 +10,8 @@
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, model_files.py, runs.py, probe.py, machine.py and processes.py, and after main().
+corpus.py, own_text.py, model_files.py, runs.py, probe.py, machine.py and processes.py, and after
+main().
 """
 import contextlib
 import copy
@@ -20,7 +21,6 @@ import os
 import sys
 import time
 import warnings
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,13 +41,12 @@ from transformers.pytorch_utils import Conv1D
 import processes
 import runs
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
-from corpus import (
-    append_windows, ar_continue, encode_prompt, get_batch, load_data, read_windows, seed_for,
-    tokenizer_of)
+from corpus import encode_prompt, get_batch, load_data, seed_for, tokenizer_of
 from machine import (
-    checkpoint_layers, choose_parallel, leave, pick_autocast, set_up_device, set_up_model,
+    checkpoint_layers, choose_parallel, eagerly, leave, set_up_device, set_up_model,
     stop_on_signal)
 from model_files import base_dtype, load_base, load_hf, our_tensors, reference, resolve_model
+from own_text import write_own_text
 from probe import decoder_layers, probe, rounding
 from runs import (
     check_disk, check_settings, cut_back, find_checkpoint, load_training, log_row, log_step,
@@ -984,7 +983,8 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     prompt = encode_prompt(model, tokenizer, sample_prompt, 32)
     noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
     model.eval()
-    with eagerly(), model.attention(model.kernel):  # as flex_attention must be compiled
+    # flex_attention must be compiled
+    with eagerly(compile_model), model.attention(model.kernel):
         row = evaluate(model, tokenizer, windows, autocast, noise_seed, state)
         with autocast:
             texts, _ = generate(model, [prompt], 32, 32)
@@ -1089,7 +1089,8 @@ def main(argv):
             state["stage"], state["step"], saved = state["stage"] + 1, 0, None
             continue
         if stage["n_on_policy"] and not own_text:
-            own_text = write_own_text(model, tokenizer, train_data, val_data, out, stop)
+            own_text = write_own_text(model, tokenizer, train_data, val_data, out, s, stop,
+                                      with_less_memory)
         val_data = own_text.get("held", val_data)
         training, saved = set_up_training(model, stage, state, saved), None
         cut_back(log, state)  # not before all of the checkpoint could be loaded
@@ -1099,10 +1100,7 @@ def main(argv):
 
             # ----------------------------------------------------------------------------------
             start = time.perf_counter()
-            n_data = batch_size * gradient_accumulation_steps - stage["n_on_policy"]
-            parts = [(own_text.get("train"), stage["n_on_policy"]), (train_data, n_data)]
-            where = seed, state["stage"], state["step"]
-            x0 = torch.cat([get_batch(data, n, *where) for data, n in parts if n])  # (N, T)
+            x0 = windows_of_step(train_data, own_text.get("train"), stage, state)  # (N, T)
             loss, norm, lr = train_step(model, training, autocast, stage, x0, state)
             seconds = time.perf_counter() - start
             # ----------------------------------------------------------------------------------
@@ -1134,16 +1132,19 @@ def share_of_step():
     return processes.share_of_step(batch_size, gradient_accumulation_steps, rank_batch_sizes)
 
 
+def windows_of_step(train_data, own_text, stage, state):
+    """x0 (N, T): the windows of an optimizer step, those of the model's own text first."""
+    n_data = batch_size * gradient_accumulation_steps - stage["n_on_policy"]
+    parts = [(own_text, stage["n_on_policy"]), (train_data, n_data)]
+    where = seed, state["stage"], state["step"]
+    return torch.cat([get_batch(data, n, *where) for data, n in parts if n])
+
+
 def count_trained(model, stages):
     """{what a stage trains: how many parameters these are}, of everything in any case."""
     parts = [stage["trains"] for stage in stages if stage["steps"]]
     return {trains: sum(p.numel() for p in freeze(model, trains))
             for trains in (*parts, "everything")}
-
-
-def eagerly():
-    """A context without compiled layers, for inputs of other shapes than a training step's."""
-    return torch.compiler.set_stance("force_eager") if compile_model else contextlib.nullcontext()
 
 
 def with_less_memory(work, state, model, training=None, size="micro_batch", halve=True):
@@ -1178,63 +1179,6 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(model.device)
-
-
-# ----------------------------------------------------------------------------------------------
-# Windows: each epoch visits them once in an order of its own
-def write_own_text(model, tokenizer, train_data, val_data, out, stop):
-    """{"train": on-policy windows; "held": held-out ones, if nothing is learned from the data, so
-    that nothing is measured on it}."""
-    write = functools.partial(on_policy_windows, model, tokenizer, out=out, stop=stop)
-    own_text = {"train": write(train_data, on_policy_tokens)}
-    if on_policy_share == 1:
-        own_text["held"] = write(val_data, 0)
-    return own_text
-
-
-def on_policy_windows(model, tokenizer, windows, tokens, out, stop):
-    """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
-    prompts from windows. They are also kept in out, to be continued there after a kill."""
-    T, state = windows.shape[1], {"micro_batch": 32}
-    sharded = processes.is_sharded(model)
-
-    def write(lm, batch):  # (32 or fewer, T), in parts if memory runs out
-        new = np.zeros((0, T), np.int32)
-        while len(new) < len(batch):
-            work = functools.partial(ar_continue, lm, batch[len(new):], tokenizer,
-                                     model.block_size, model.max_positions, together=sharded)
-            new = np.concatenate([new, with_less_memory(work, state, model)])
-        return new
-
-    model.eval()
-    with (eagerly(), pick_autocast(model.device, dtype), processes.unsharded(model),
-          model.original_model() as lm, tqdm(
-              total=tokens or None, desc="on-policy text", unit="tok",
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
-        key = model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
-        path = out / f"on_policy_{seed_for(*key):x}.bin"
-        done = processes.from_rank_0(read_windows, path, T)
-        bar.update(int((done >= 0).sum()))
-        while (bar.n < tokens or not tokens) and len(done) < len(windows):
-            # each process writes one batch of 32, and they are taken in order
-            start = len(done) + 32 * processes.RANK
-            batch = windows[start:start + 32]
-            if sharded and not len(batch):  # written for the others, which need this one's weights
-                new = write(lm, windows[-1:])[:0]
-            else:
-                new = write(lm, batch)
-            for part in processes.all_gathered(new):
-                if bar.n < tokens or not tokens:
-                    processes.from_rank_0(append_windows, path, part)
-                    done = np.concatenate([done, part])
-                    bar.update(int((part >= 0).sum()))
-            stopping = processes.agree_to_stop(stop)
-            if stopping:
-                leave(stopping)
-    if bar.n < tokens:
-        print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
-    model.train()
-    return done
 
 
 # ----------------------------------------------------------------------------------------------

@@ -588,46 +588,6 @@ def load_data(tokenizer, s, state):
     return train, held, report
 
 
-def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False):
-    """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
-    in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
-    windows = windows[:n].astype(np.int64)
-    T, device = windows.shape[1], lm.get_input_embeddings().weight.device
-    eos, ends = tokenizer.eos_token_id, end_ids(lm, tokenizer)
-    lengths = [int((row >= 0).argmax()) for row in windows]
-    opened = len(opening(tokenizer))  # a window that goes on with an answer has no prompt but this
-    lengths = [n if n > opened else max(1, T // 4) for n in lengths]
-    P = max(lengths)
-    prompts = [np.maximum(row, ~row)[:n].tolist() for row, n in zip(windows, lengths, strict=True)]
-    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
-    attended = torch.tensor([[0] * (P - n) + [1] * n for n in lengths], device=device)
-
-    with torch.no_grad():
-        out = lm.generate(
-            ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
-            no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
-            eos_token_id=ends or None, pad_token_id=eos or 0, synced_gpus=together)
-    new = []
-    for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
-        end = end_of(text, ends)
-        row = [*(~token for token in prompt), *text[:end + 1]][:T]
-        new.append(fill_up(row, eos, block or T, T, end < len(text)))
-    return np.array(new, np.int32)
-
-
-def read_windows(path, length):
-    """The windows (n, length) that append_windows() wrote, in whole batches of 32."""
-    with open(path, "ab") as file:
-        file.truncate(file.tell() // (128 * length) * 128 * length)
-    return np.fromfile(path, np.int32).reshape(-1, length)
-
-
-def append_windows(path, windows):
-    """Add windows to a file."""
-    with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
-        windows.tofile(file)
-
-
 def seed_for(*parts):
     """A seed for one use: its name, the run's seed, stage, step. No random state need be saved."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()

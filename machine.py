@@ -1,5 +1,6 @@
 """The machine: its device, dtype and memory, what makes a model fit on it, and the signals that
 stop a run."""
+import contextlib
 import os
 import re
 import resource
@@ -188,6 +189,11 @@ def set_up_model(model, s, checkpointing, autocast, device=None, spread=""):
             return
         for layer in decoder_layers(model.lm):  # in place: a graph a mode, no wrapper in any name
             layer.compile(dynamic=False)  # flex_attention is not sure to take lengths that vary
+
+
+def eagerly(compiled):
+    """A context without compiled layers, for inputs of other shapes than a training step's."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def stop_on_signal():

@@ -47,6 +47,7 @@ import convert
 import corpus
 import machine
 import model_files
+import own_text
 import probe
 import sample
 
@@ -941,7 +942,7 @@ def test_own_text_in_odd_windows():
     lm, tokenizer = random_lm("llama", vocab_size=300), with_bos(model_files.byte_tokenizer())
     goes_on = [~257, *range(3, 18)]  # an answer that began in the window before
     asked = [~257, *(~id for id in range(3, 14)), *range(14, 18)]
-    rows = corpus.ar_continue(lm, np.array([goes_on, asked]), tokenizer, 0, 14, 2)
+    rows = own_text.ar_continue(lm, np.array([goes_on, asked]), tokenizer, 0, 14, 2)
     assert (rows[:, :4] == ~np.array([257, 3, 4, 5])).all(), "the first quarter is the prompt"
     assert (rows[0, 4:6] >= 0).all() and (rows[0, 6:] == ~256).all(), "no room for more"
 
@@ -949,15 +950,15 @@ def test_own_text_in_odd_windows():
 def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path, monkeypatch):
     model = diffusion(random_lm("llama", vocab_size=300))
     windows = np.random.default_rng(0).integers(3, 99, (70, 16)).astype(np.uint16)
-    write = mock.Mock(side_effect=corpus.ar_continue)
-    monkeypatch.setattr(convert, "ar_continue", write)
-    monkeypatch.setattr(convert, "dtype", "float32")
+    write = mock.Mock(side_effect=own_text.ar_continue)
+    monkeypatch.setattr(own_text, "ar_continue", write)
 
-    def own_text(tokens=500, stop=()):
-        tokenizer = model_files.byte_tokenizer()
-        return convert.on_policy_windows(model, tokenizer, windows, tokens, tmp_path, stop)
+    def own_windows(tokens=500, stop=()):
+        return own_text.on_policy_windows(
+            model, model_files.byte_tokenizer(), windows, tokens, tmp_path,
+            settings_of_convert(dtype="float32"), stop, convert.with_less_memory)
 
-    whole = own_text()
+    whole = own_windows()
     expected = greedy(model.lm, torch.tensor(windows[:64, :4].astype(int)), 12)
     assert len(whole) == 64 and (whole >= 0).sum() >= 500, "two batches of 32 are enough"
     assert (whole[:, :4] == ~windows[:64, :4].astype(np.int32)).all()
@@ -966,12 +967,12 @@ def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path
     [path] = tmp_path.iterdir()
     os.truncate(path, 4 * 16 * 20)  # killed in the first batch
     with pytest.raises(SystemExit):
-        own_text(stop=[15])
+        own_windows(stop=[15])
     assert path.stat().st_size == 4 * 16 * 32, "whole batches are kept"
-    assert (own_text() == whole).all() and write.call_count == 2 + 1 + 1
-    assert len(own_text(tokens=0)) == 70, "all prompts"
+    assert (own_windows() == whole).all() and write.call_count == 2 + 1 + 1
+    assert len(own_windows(tokens=0)) == 70, "all prompts"
     model.mask_embedding.data += 1  # of another model, or one that has learned since
-    own_text()
+    own_windows()
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -1563,10 +1564,10 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
 
 
 @cases("name, most_lines, most_bytes", [  # ceilings: each is to go down again
-    ("convert.py", 1310, 71680), ("corpus.py", 610, 30700), ("model_files.py", 335, 15500),
-    ("runs.py", 380, 20000), ("probe.py", 140, 7000), ("machine.py", 240, 11500),
-    ("processes.py", 370, 14500), ("sample.py", 400, 20000), ("bench.py", 890, 42500),
-    ("configurator.py", 220, 10500), ("test_convert.py", 2580, 128500),
+    ("convert.py", 1310, 71680), ("corpus.py", 580, 29500), ("own_text.py", 115, 5600),
+    ("model_files.py", 335, 15500), ("runs.py", 380, 20000), ("probe.py", 140, 7000),
+    ("machine.py", 240, 11500), ("processes.py", 370, 14500), ("sample.py", 400, 20000),
+    ("bench.py", 890, 42500), ("configurator.py", 220, 10500), ("test_convert.py", 2580, 128500),
     ("test_processes.py", 340, 16500), ("test_faults.py", 740, 31500),
     ("README.md", 250, 15600)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
@@ -1751,7 +1752,7 @@ def test_own_text_comes_first_in_a_step_and_is_kept_by_what_continues_the_run(ru
     go_back(9)
     for path in Path("out").glob("on_policy*"):
         path.unlink()
-    monkeypatch.setattr(convert, "ar_continue", None)  # nothing is written again
+    monkeypatch.setattr(own_text, "ar_continue", None)  # nothing is written again
     run(f"{flags} --checkpoint=out/checkpoint_9 --out_dir=b")
     run(f"{flags} --resume")
     assert rows_of("out") == rows and rows_of("b") == rows[-len(rows_of("b")):]

@@ -31,6 +31,7 @@ import configurator
 import convert
 import corpus
 import model_files
+import own_text
 import processes
 from test_convert import (
     HERE, NO_DROPOUT, TINY, cases, check_same_losses, in_process, many, quoted,
@@ -73,14 +74,14 @@ def at(phase, act):
     elif phase == "tokenising":  # the windows are on the disk, but not their number
         after(corpus.zlib, "crc32", 2, act)
     elif phase == "writing own text":  # half of a batch is on the disk
-        append, calls = convert.append_windows, itertools.count(1)
+        append, calls = own_text.append_windows, itertools.count(1)
 
         def in_two_parts(path, windows):
             append(path, windows[:9])
             if next(calls) == 2:
                 act()
             append(path, windows[9:])
-        convert.append_windows = in_two_parts
+        own_text.append_windows = in_two_parts
     elif phase == "training":  # between the backward pass and the update
         after(convert.nn.utils, "clip_grads_with_norm_", 8, act)
     elif phase == "evaluating":
@@ -584,7 +585,7 @@ OUTS = {  # fault: an object and its function that runs out of memory, when call
     "out of memory in the forward pass": (convert.DiffusionLM, "loss", 16),
     "out of memory in the backward pass": (torch.Tensor, "backward", 4),
     "out of memory in an evaluation": (convert, "window_losses", 2),
-    "out of memory while writing own text": (convert, "ar_continue", 2),
+    "out of memory while writing own text": (own_text, "ar_continue", 2),
     "out of memory in the update": (torch.optim.AdamW, "step", 8)}
 
 

@@ -1,0 +1,110 @@
+"""On-policy text: what the AR model itself writes after prompts from the data, to train on. A file
+in the folder of the run keeps it until a checkpoint does."""
+import functools
+import sys
+import zlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import processes
+from configurator import RunError, errors_as
+from corpus import end_ids, end_of, fill_up, opening, seed_for
+from machine import eagerly, leave, pick_autocast
+
+
+def write_own_text(model, tokenizer, train_data, val_data, out, s, stop, with_less_memory):
+    """{"train": on-policy windows; "held": held-out ones, if nothing is learned from the data, so
+    that nothing is measured on it}. s: the settings; stop, with_less_memory: of convert.py."""
+    write = functools.partial(on_policy_windows, model, tokenizer, out=out, s=s, stop=stop,
+                              with_less_memory=with_less_memory)
+    own_text = {"train": write(train_data, s.on_policy_tokens)}
+    if s.on_policy_share == 1:
+        own_text["held"] = write(val_data, 0)
+    return own_text
+
+
+def on_policy_windows(model, tokenizer, windows, tokens, out, s, stop, with_less_memory):
+    """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
+    prompts from windows. They are also kept in out, to be continued there after a kill."""
+    T, state = windows.shape[1], {"micro_batch": 32}
+    sharded = processes.is_sharded(model)
+
+    def write(lm, batch):  # (32 or fewer, T), in parts if memory runs out
+        new = np.zeros((0, T), np.int32)
+        while len(new) < len(batch):
+            work = functools.partial(ar_continue, lm, batch[len(new):], tokenizer,
+                                     model.block_size, model.max_positions, together=sharded)
+            new = np.concatenate([new, with_less_memory(work, state, model)])
+        return new
+
+    model.eval()
+    with (eagerly(s.compile_model), pick_autocast(model.device, s.dtype),
+          processes.unsharded(model), model.original_model() as lm, tqdm(
+              total=tokens or None, desc="on-policy text", unit="tok",
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
+        key = s.model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
+        path = out / f"on_policy_{seed_for(*key):x}.bin"
+        done = processes.from_rank_0(read_windows, path, T)
+        bar.update(int((done >= 0).sum()))
+        while (bar.n < tokens or not tokens) and len(done) < len(windows):
+            # each process writes one batch of 32, and they are taken in order
+            start = len(done) + 32 * processes.RANK
+            batch = windows[start:start + 32]
+            if sharded and not len(batch):  # written for the others, which need this one's weights
+                new = write(lm, windows[-1:])[:0]
+            else:
+                new = write(lm, batch)
+            for part in processes.all_gathered(new):
+                if bar.n < tokens or not tokens:
+                    processes.from_rank_0(append_windows, path, part)
+                    done = np.concatenate([done, part])
+                    bar.update(int((part >= 0).sum()))
+            stopping = processes.agree_to_stop(stop)
+            if stopping:
+                leave(stopping)
+    if bar.n < tokens:
+        print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
+    model.train()
+    return done
+
+
+def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False):
+    """The first n windows (.., T) with what lm writes, greedily, after each prompt: what is asked
+    in a chat, or the first quarter. Prompts become context, ~id; fill_up() pads what has ended."""
+    windows = windows[:n].astype(np.int64)
+    T, device = windows.shape[1], lm.get_input_embeddings().weight.device
+    eos, ends = tokenizer.eos_token_id, end_ids(lm, tokenizer)
+    lengths = [int((row >= 0).argmax()) for row in windows]
+    opened = len(opening(tokenizer))  # a window that goes on with an answer has no prompt but this
+    lengths = [n if n > opened else max(1, T // 4) for n in lengths]
+    P = max(lengths)
+    prompts = [np.maximum(row, ~row)[:n].tolist() for row, n in zip(windows, lengths, strict=True)]
+    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
+    attended = torch.tensor([[0] * (P - n) + [1] * n for n in lengths], device=device)
+
+    with torch.no_grad():
+        out = lm.generate(
+            ids, attention_mask=attended, do_sample=False, repetition_penalty=1.0,
+            no_repeat_ngram_size=0, max_new_tokens=min(T - min(lengths), max_positions - P),
+            eos_token_id=ends or None, pad_token_id=eos or 0, synced_gpus=together)
+    new = []
+    for prompt, text in zip(prompts, out[:, P:].tolist(), strict=True):
+        end = end_of(text, ends)
+        row = [*(~token for token in prompt), *text[:end + 1]][:T]
+        new.append(fill_up(row, eos, block or T, T, end < len(text)))
+    return np.array(new, np.int32)
+
+
+def read_windows(path, length):
+    """The windows (n, length) that append_windows() wrote, in whole batches of 32."""
+    with open(path, "ab") as file:
+        file.truncate(file.tell() // (128 * length) * 128 * length)
+    return np.fromfile(path, np.int32).reshape(-1, length)
+
+
+def append_windows(path, windows):
+    """Add windows to a file."""
+    with errors_as(f"out_dir: cannot write {path}", RunError), open(path, "ab") as file:
+        windows.tofile(file)
