@@ -1121,7 +1121,8 @@ def main(argv):
     last_stage = [stage for stage in stages if stage["steps"]][-1]
     evaluate_and_log(model, tokenizer, val_data, autocast, last_stage, state, log)
     save(out, "final", model, tokenizer, s, model_settings(), state, log)
-    print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
+    from finish import finish  # it imports this module
+    processes.from_rank_0(finish, model, tokenizer, val_data, autocast, out, s)
     processes.disconnect()
 
 

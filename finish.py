@@ -1,20 +1,23 @@
 """The end of a run: what the conversion changed, shown on held-out text.
 
-convert.main() calls show() once final/ is saved. The figures are also kept in out_dir/result.json,
+convert.main() calls finish() once final/ is saved. The figures are also kept in out_dir/result.json,
 from which report.py takes them.
 """
 import json
 import random
 import re
+import signal
 import textwrap
 import time
 
 import torch
 from tqdm import tqdm
 
-from configurator import RunError, errors_as
-from convert import eagerly, generate
+import processes
+from configurator import RunError, errors_as, out_of_memory
+from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
+from machine import eagerly
 from sample import decode_verified, text_after
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -84,22 +87,24 @@ def race(model, tokenizer, prompts, n_new):
     AR texts as lists of ids, figures)."""
     ends, drafts = end_ids(model.lm, tokenizer), min(3, model.block_size - 1)
     modes = {0: [], drafts: []} if model.block_size else {0: []}
-    seconds, forwards = dict.fromkeys(modes, 0.0), dict.fromkeys(modes, 0)
+    seconds, forwards, accepted = dict.fromkeys(modes, 0.0), dict.fromkeys(modes, 0), 0
     for n in modes:  # so that both are timed warm
         decode_verified(model, prompts[0], 8, n, n + 1, GREEDY)
     for ids in tqdm(prompts, "decoding", disable=None):
         for n, texts in modes.items():
             start = time.perf_counter()
-            new, passes, *_ = decode_verified(model, ids, n_new, n, n + 1, GREEDY, ends)
-            texts.append(new)
+            new, passes, _, stood = decode_verified(model, ids, n_new, n, n + 1, GREEDY, ends)
             seconds[n] += time.perf_counter() - start
+            texts.append(new)
             forwards[n] += passes
+            accepted += stood
     if not model.block_size:
         return modes[0], {}
     equal = sum(a == b for a, b in zip(modes[0], modes[drafts], strict=True))
     n_tokens = sum(map(len, modes[drafts]))
     return modes[0], {
         "tokens_per_forward": n_tokens / forwards[drafts], "equal": equal, "texts": len(prompts),
+        "accepted_per_check": accepted / max(1, forwards[drafts] - len(prompts)),
         "speed_over_ar": seconds[0] / seconds[drafts]}
 
 
@@ -108,9 +113,9 @@ def measure(model, tokenizer, val_data, s):
     """Figures and examples on held-out text: {samples, hole, accepted, holes_right, verify}, as far
     as they apply."""
     texts, is_world = held_out(tokenizer, val_data, s), s.dataset_name == "world"
-    n_new = 64 if is_world else 32
+    n_new = min(64 if is_world else 32, max(1, s.max_seq_length // 2 - 8))
     starts = [text[:text.find(".") + 1] if is_world else text[:len(text) // 3] for text in texts]
-    prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 2]
+    prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 3 or 1]
                for start in starts]
     ar_texts, verify = race(model, tokenizer, prompts, n_new)
     written = write_all(model, tokenizer, prompts, n_new)
@@ -164,7 +169,8 @@ def screen(result, out, s):
     """The text of the end screen."""
     rule = "-" * 80
     took = tqdm.format_interval(60 * result["minutes"])
-    lines = ["", rule, f"{out.name}: {took} of training on {result['tokens']:,} tokens", "",
+    lines = ["", rule, f"done: {out}/final, after {took} of training on {result['tokens']:,} tokens",
+             "",
              f"{'':34}{'before':>10}{'after':>10}"]
     if result["ar_ppl_before"]:
         lines.append(f"{'AR model, perplexity':34}{result['ar_ppl_before']:10.3f}"
@@ -210,12 +216,23 @@ def percent(name, shares):
     return f"{name:34}{shares['ar']:10.1%}{shares['diffusion']:10.1%}"
 
 
-def show(model, tokenizer, val_data, autocast, out, s):
-    """Measure, print the screen and keep it in out/result.json."""
-    result = figures_of_log(out / "training_logs.jsonl")
+def finish(model, tokenizer, val_data, autocast, out, s):
+    """Measure, print the screen and keep it in out/result.json.
+
+    All is saved by now: a signal ends the process at once, and a lack of memory costs the examples
+    alone. With a sharded model there are none, as every process would have to write them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    result, sharded = figures_of_log(out / "training_logs.jsonl"), processes.is_sharded(model)
     model.eval()
-    with eagerly(), model.attention(model.kernel), autocast:
-        result |= measure(model, tokenizer, val_data, s)
+    try:
+        with eagerly(s.compile_model), model.attention(model.kernel), autocast:
+            result |= {} if sharded else measure(model, tokenizer, val_data, s)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print("out of memory: no examples are shown")
     with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(screen(result, out, s))

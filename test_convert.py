@@ -1549,7 +1549,7 @@ def test_help_shows_the_settings_in_their_groups_with_the_values_given(tmp_path)
     assert re.findall(r"^# (\w+)$", out, re.M) == [
         "model", "adapters", "data", "optimizer", "stages", "diffusion", "machine", "run"]
     places = [out.index(line) for line in (
-        "# optimizer\n", "  batch_size = 8  # windows", "  beta1 = 0.9  # AdamW", "# stages\n",
+        "# optimizer\n", "  batch_size = 16  # windows", "  beta1 = 0.9  # AdamW", "# stages\n",
         "# run\n", "  seed = 7  # of")]
     assert places == sorted(places)
 
@@ -2028,8 +2028,12 @@ def check_it_learned(out):
     assert evals[-1]["ar_ppl_before"] == surgery["ar_ppl"]
 
 
+PROSE = "--dataset_name=pydoc --tokenizer_name=bytes --max_seq_length=256 --batch_size=8".split()
+
+
 def test_tiny_converts_and_sample_writes(tmp_path):
-    script("convert.py", HERE / "config/tiny.py", "--max_steps=64", "--eval_steps=32", cwd=tmp_path)
+    script("convert.py", HERE / "config/tiny.py", "--max_steps=64", "--eval_steps=32", *PROSE,
+           cwd=tmp_path)
     check_it_learned(tmp_path / "outputs/tiny_diffusion")
 
     found = samples("--prompt=The object ", "--max_new_tokens=20", "--steps=5", "--num_samples=3",
@@ -2066,7 +2070,7 @@ def check_verified(run_dir, ar_model, cwd, *flags):
 def test_tiny_blocks_convert_and_verified_decoding_writes_what_generate_does(tmp_path):
     final, plain = tmp_path / "outputs/tiny_block_diffusion/final", tmp_path / "plain"
     command = ["convert.py", HERE / "config/tiny_block.py",
-               *"--on_policy_tokens=4000 --eval_samples=16".split()]
+               *"--on_policy_tokens=4000 --eval_samples=16".split(), *PROSE]
     script(*command, "--max_steps=60", "--eval_steps=30", cwd=tmp_path)
     check_it_learned(final.parent)
     shutil.copytree(final, plain, ignore=shutil.ignore_patterns("diffusion.*"))  # Hugging Face's

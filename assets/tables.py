@@ -5,6 +5,7 @@
 """
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -114,22 +115,58 @@ def block_figures(r):
 BLOCK_HEAD = ["`eval_nelbo`", "`ar_ppl`", "tokens per forward", "speed over AR"]
 
 
+def choices():
+    """{name of a choice: its rows of recipe.jsonl, one for each seed}."""
+    found = {}
+    for r in rows_of("recipe.jsonl"):
+        found.setdefault(r["name"], []).append(r)
+    return found
+
+
+def over_seeds(rows, value, form):
+    """The mean and the standard deviation over seeds of value(row), "" where a row has none."""
+    try:
+        values = [value(r) for r in rows]
+    except KeyError:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{form}} ± {spread:{form}}"
+
+
+def choice_figures(rows):
+    """The cells of a choice: NELBO, AR perplexity, sentences, holes, drafts, speed."""
+    return [over_seeds(rows, lambda r: r["eval_nelbo"], ".3f"),
+            over_seeds(rows, lambda r: r["ar_ppl"] / r["ar_ppl_before"], ".3f"),
+            over_seeds(rows, lambda r: r["accepted"]["diffusion"], ".0%"),
+            over_seeds(rows, lambda r: r["holes_right"]["diffusion"], ".0%"),
+            over_seeds(rows, lambda r: r["verify"]["accepted_per_check"], ".2f"),
+            over_seeds(rows, lambda r: r["verify"]["speed_over_ar"], ".2f")]
+
+
+CHOICE_HEAD = ["`eval_nelbo`", "`ar_ppl`, after / before", "sentences right", "holes right",
+               "accepted drafts a check", "speed over AR"]
+
+
+def recipe():
+    """All choices of recipe.jsonl, and by how much their NELBO differs from the whole-sequence
+    recipe's, seed by seed."""
+    found, rows = choices(), []
+    whole = {r["seed"]: r["eval_nelbo"] for r in found["whole sequence"]}
+    for name, of_name in found.items():
+        off = over_seeds(of_name, lambda r: r["eval_nelbo"] / whole[r["seed"]] - 1, "+.0%")
+        off = "" if "own text alone" in name else off.replace("± +", "± ")
+        nelbo, *others = choice_figures(of_name)
+        rows.append([name, nelbo, off, *others])
+    return table(["choice", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]], *rows)
+
+
 def blocks():
-    """Five ways to convert, in words."""
-    plain = "--on_policy_tokens=0"
-    time = f"{plain} --use_time_embedding=true"
-    whole = (f"{time} --block_size=0 --full_mask_share=0 --distill_weight=0 --lm_loss_stages=3 "
-             "--lm_loss_weight=0.5")
-    ways = {
-        whole: "whole sequence, as tiny.py, gpt2.py and phi2.py",
-        plain: "blocks of 4, all weights, on the data",
-        "": "the same with on-policy text, as tiny_block.py and phi2_block.py",
-        f"{time} --use_lora": "blocks of 4, adapters, on the data",
-        "--use_lora --on_policy_share=1": "adapters, on-policy text alone, as the `_lora` configs",
-    }
-    found = {r["flags"]: r for r in rows_of("blocks.jsonl")}
-    return table(["what is trained", *BLOCK_HEAD],
-                 *([ways[flags], *block_figures(found[flags])] for flags in ways))
+    """Five ways to convert."""
+    ways = ["whole sequence", "blocks of 4", "blocks of 4, own text", "blocks of 4, adapters",
+            "blocks of 4, adapters, own text alone"]
+    found = choices()
+    return table(["what is trained", *CHOICE_HEAD],
+                 *([way, *choice_figures(found[way])] for way in ways))
 
 
 def ablation():
@@ -215,6 +252,7 @@ def options():
 
 PAGES = {
     "README.md": [blocks, stages, sizes],
+    "assets/recipe.md": [recipe],
     "assets/blocks.md": [ablation, masks, sampling],
     "assets/memory.md": [cards, estimates, options, gpu, speed],
 }

@@ -1,0 +1,117 @@
+"""What each choice of the recipe is worth: the world of config/tiny.py, equal tokens, three seeds.
+
+  python assets/recipe.py assets/recipe.jsonl    # two hours of one CPU core and a half
+  python assets/recipe.py my.jsonl --seeds=1 --jobs=4 --only=schedule
+
+For each seed an AR model is trained, and converted once for each choice, in STEPS steps. A row is
+appended when its run ends, and what has its row is not run again: start it again after a kill.
+The tables are made from the rows by `python assets/tables.py --write`.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 300
+COMMON = ("--log_steps=100 --eval_steps=1000000 --save_steps=0 --keep_checkpoints=1 "
+          "--eval_samples=192").split()
+CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.3 "
+           "--stage2_epochs=2.4 --stage3_epochs=0.3").split()
+BLOCK = "--stage3_epochs=0 --stage2_epochs=2.7 --on_policy_tokens=0".split()
+
+# name of the choice: (config file, flags of one run, or of several that go on from one another)
+WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
+ROWS = {
+    "whole sequence": (WHOLE, ""),
+    "whole sequence, from scratch": (WHOLE, "SCRATCH --max_steps=300"),
+    "whole sequence, from scratch, twice the steps": (WHOLE, "SCRATCH --max_steps=600"),
+    "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
+    "whole sequence, one stage with AR loss":
+        (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
+    "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
+    "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
+    "whole sequence, lm_loss_weight 1": (WHOLE, "--lm_loss_weight=1"),
+    "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
+    "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
+    "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
+    "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
+    "blocks of 4": (BLOCKS, ""),
+    "blocks of 8": (BLOCKS, "--block_size=8"),
+    "blocks of 16": (BLOCKS, "--block_size=16"),
+    "blocks of 2, 4, 8, 16 in turn":
+        (BLOCKS, *(f"--block_size={size} --max_steps=75" for size in (2, 4, 8, 16))),
+    "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
+    "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
+    "blocks of 4, all fully masked": (BLOCKS, "--full_mask_share=1"),
+    "blocks of 4, time embedding": (BLOCKS, "--use_time_embedding"),
+    "blocks of 4, three stages": (BLOCKS, "--stage2_epochs=2.4 --stage3_epochs=0.3"),
+    "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=100000"),
+    "blocks of 4, adapters": (BLOCKS, "--use_lora"),
+    "blocks of 4, adapters, own text alone":
+        (BLOCKS, "--use_lora --on_policy_tokens=200000 --on_policy_share=1"),
+}
+
+
+def convert(*args):
+    """Run convert.py, with one thread; the run's own words only if it fails."""
+    done = subprocess.run([sys.executable, ROOT / "convert.py", *args], text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, args))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def ar_model(seed, out):
+    """The folder of the AR model of a seed, trained if it is not there."""
+    folder = out / f"ar_{seed}"
+    if not (folder / "final").exists():
+        convert(ROOT / WHOLE, *COMMON, "--max_steps=300", "--stage1_epochs=0", "--stage2_epochs=0",
+                "--stage3_epochs=0", f"--seed={seed}", f"--out_dir={folder}", "--resume")
+    return folder / "final"
+
+
+def run_row(name, seed, out):
+    """The row of a choice and a seed: the figures that end its run, and its flags."""
+    config, *runs = ROWS[name]
+    model = ar_model(seed, out)
+    for number, flags in enumerate(runs):
+        start = [f"--model_name={model}", *CONVERT]
+        if config == BLOCKS:
+            start += BLOCK
+        if "SCRATCH" in flags:
+            flags = flags.replace("SCRATCH", "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0")
+            start = ["--stage0_epochs=0"]
+        folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
+        if not (folder / "result.json").exists():  # killed, perhaps while it measured
+            shutil.rmtree(folder, ignore_errors=True)
+        convert(ROOT / config, *COMMON, f"--max_steps={STEPS}", *start, *flags.split(),
+                f"--seed={seed}", f"--out_dir={folder}", "--resume")
+        model = folder / "final"
+    return {"name": name, "seed": seed, "config": config, "flags": runs} | json.loads(
+        (folder / "result.json").read_text())
+
+
+def main(log, *flags):
+    """Run what has no row yet, and append its rows to the log."""
+    options = {"seeds": "1,2,3", "jobs": "2", "only": "", "out": "outputs/recipe"}
+    options |= dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    log, out, seeds = Path(log), Path(options["out"]), map(int, options["seeds"].split(","))
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(row["name"], row["seed"]) for row in rows}
+    todo = [(name, seed) for seed in seeds for name in ROWS
+            if options["only"] in name and (name, seed) not in done]
+    for seed in {seed for _, seed in todo}:  # first, as all rows of a seed start there
+        ar_model(seed, out)
+    with ThreadPoolExecutor(int(options["jobs"])) as pool:
+        for row in pool.map(lambda what: run_row(*what, out), todo):
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['name']}, seed {row['seed']}: eval_nelbo {row['eval_nelbo']:.3f}",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
