@@ -584,7 +584,7 @@ def load_data(tokenizer, s, state):
             raise ValueError("its bytes have changed")
     if state["data"] not in (0, report["crc32"]):
         print("resume: no longer the run it was: the data has changed")
-    state["data"] = report["crc32"]
+    state["data"], state["data_report"] = report["crc32"], report
     return train, held, report
 
 

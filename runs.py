@@ -186,6 +186,7 @@ def log_step(loss, norm, lr, seconds, s, stage, state, log, device):
         state["skipped_in_a_row"] = 0
     else:
         state["skipped_in_a_row"] += 1
+        state["skipped"] += 1
         tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {norm}")
         norm = math.nan
         if s.debug or state["skipped_in_a_row"] == 10:
@@ -273,7 +274,8 @@ def new_state(s):
     return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
             "micro_batch": s.batch_size, "eval_micro_batch": s.batch_size, "sharded": False,
             "checkpointing": s.use_gradient_checkpointing, "adam_8bit": s.use_8bit_adam,
-            "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0}
+            "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0, "skipped": 0,
+            "data_report": {}}
 
 
 def find_checkpoint(out, s, allowed):

@@ -24,6 +24,7 @@ from convert import (
 from corpus import encode_prompt, end_ids, end_of, opening
 from machine import pick_autocast, pick_device
 from model_files import checkpoints
+from report import text_after, text_with_masks, write_trace
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -165,50 +166,6 @@ def folder_to_read(out_dir, checkpoint):
                 return folder
     raise UserError(f"out_dir: no converted model in {out_dir or 'outputs/'}; python convert.py "
                     "config/tiny.py makes one")
-
-
-def text_after(tokenizer, ids, before=None):
-    """The text of ids after those before, by default a word: some tokenizers drop a first space."""
-    if before is None:
-        before = tokenizer.encode("a", add_special_tokens=False)
-    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)):]
-
-
-def text_with_masks(tokenizer, ids, mask_id):
-    """The text of ids (T,), each mask as one block character."""
-    text, part = "", []
-    for token in [*ids, mask_id]:
-        if token != mask_id:
-            part.append(token)
-            continue
-        text += (text_after(tokenizer, part) if text else tokenizer.decode(part)) + "\u2591"
-        part = []
-    return text[:-1]
-
-
-def write_trace(path, frames, tokenizer, mask_id):
-    """Write the page that replays frames, [(ids, confidence)], the first before any pass."""
-    tokens, rows, set_at, before = {}, [], {}, []
-    for n, (ids, confidence) in enumerate(frames):
-        row = []
-        for i, token in enumerate(ids):
-            if token == mask_id:
-                set_at.pop(i, None)
-                row.append([-1, 0, 0])
-                continue
-            if n and i not in set_at and (i >= len(before) or before[i] == mask_id):
-                set_at[i] = [n, round(confidence[i], 3)]
-            row.append([tokens.setdefault(token, len(tokens)), *set_at.get(i, [0, 0])])
-        rows.append(row)
-        before = ids
-    data = dumps({"tokens": [text_after(tokenizer, [token]) for token in tokens], "frames": rows})
-    script = "<script>const DATA=" + data.replace("<", "\\u003c") + "\n"
-    try:
-        page = Path(__file__).with_name("assets") / "trace.html"
-        page = page.read_text(encoding="utf-8").replace("<script>", script)
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"trace: '{path}' cannot be written: {first_line(error)}") from None
 
 
 def encode(model, tokenizer, text):

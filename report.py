@@ -1,0 +1,581 @@
+"""Write the report of a run: one page with its curves, samples and settings, to open offline.
+
+  python report.py                             # the newest run under outputs/
+  python report.py --out_dir=outputs/my_run    # also of a run that is not finished
+  python report.py --replay=false              # from the files alone, without loading the model
+
+convert.py writes the same page, out_dir/report.html, when a run ends. Beside the result it puts a
+model card, out_dir/final/README.md, if there is none yet.
+"""
+import ast
+import html
+import json
+import math
+import os
+import re
+import shlex
+from pathlib import Path
+from string import Template
+
+import convert
+import processes
+from configurator import RunError, UserError, configure, errors_as, first_line, run
+from corpus import encode_prompt, left_out
+from machine import pick_autocast, pick_device
+from model_files import checkpoints
+
+# ----------------------------------------------------------------------------------------------
+# run
+out_dir = ""  # folder of a run; "": the newest under outputs/
+replay = True  # load the model and show how it unmasks a text; False: what the files tell alone
+device = "auto"  # auto | cuda | cuda:1 | mps | cpu
+dtype = "float32"  # of the weights: float32 | bfloat16 | float16
+
+allowed = {"out_dir": Path, "dtype": {"float32", "bfloat16", "float16"}}
+ASSETS = Path(__file__).with_name("assets")
+NOT_REPEATED = "resume", "checkpoint", "dry_run", "debug"  # settings that a new run does without
+NO_RECORD = {"settings": {}, "state": {}, "versions": {}, "model": {}}
+COLUMNS = {"eval_nelbo": "eval_nelbo", "eval_nelbo_se": "standard error",
+           "eval_nelbo_sampler": "eval_nelbo_sampler", "eval_bpb": "bits per byte",
+           "ar_ppl": "ar_ppl"}  # of the table of evaluations
+
+
+# ----------------------------------------------------------------------------------------------
+# Texts, and the page that replays how one came to be
+def text_after(tokenizer, ids, before=None):
+    """The text of ids after those before, by default a word: some tokenizers drop a first space."""
+    if before is None:
+        before = tokenizer.encode("a", add_special_tokens=False)
+    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)):]
+
+
+def text_with_masks(tokenizer, ids, mask_id):
+    """The text of ids (T,), each mask as one block character."""
+    text, part = "", []
+    for token in [*ids, mask_id]:
+        if token != mask_id:
+            part.append(token)
+            continue
+        text += (text_after(tokenizer, part) if text else tokenizer.decode(part)) + "\u2591"
+        part = []
+    return text[:-1]
+
+
+def trace_page(frames, tokenizer, mask_id):
+    """The page that replays frames, [(ids, confidence)], the first before any pass."""
+    tokens, rows, set_at, before = {}, [], {}, []
+    for n, (ids, confidence) in enumerate(frames):
+        row = []
+        for i, token in enumerate(ids):
+            if token == mask_id:
+                set_at.pop(i, None)
+                row.append([-1, 0, 0])
+                continue
+            if n and i not in set_at and (i >= len(before) or before[i] == mask_id):
+                set_at[i] = [n, round(confidence[i], 3)]
+            row.append([tokens.setdefault(token, len(tokens)), *set_at.get(i, [0, 0])])
+        rows.append(row)
+        before = ids
+    texts = [text_after(tokenizer, [token]) for token in tokens]
+    data = json.dumps({"tokens": texts, "frames": rows}).replace("<", "\\u003c")
+    page = (ASSETS / "trace.html").read_text(encoding="utf-8")
+    return page.replace("<script>", f"<script>const DATA={data}\n")
+
+
+def write_trace(path, frames, tokenizer, mask_id):
+    """Write trace_page() to a file; UserError if that cannot be."""
+    try:
+        Path(path).write_text(trace_page(frames, tokenizer, mask_id), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"trace: '{path}' cannot be written: {first_line(error)}") from None
+
+
+def unmasking(model, tokenizer, prompt, autocast):
+    """trace_page() of a continuation of prompt in 32 passes."""
+    ids, frames = encode_prompt(model, tokenizer, prompt, 32), []  # fits: each evaluation does so
+    new = 64 if len(ids) + 64 + model.block_size <= model.max_positions else 32
+
+    def show(ids, confidence):
+        frames.append((ids[0].tolist(), confidence[0].tolist()))
+
+    model.eval()
+    with convert.eagerly(), model.attention(model.kernel), autocast:
+        convert.generate(model, [ids], new, 32, watch=show)
+    processes.reshard(model)
+    return trace_page([(ids + [model.mask_id] * new, []), *frames], tokenizer, model.mask_id)
+
+
+# ----------------------------------------------------------------------------------------------
+# What the files of a run tell
+def read_rows(path):
+    """(The objects in the lines of a file, how many lines are none: a kill may cut the last)."""
+    lines, rows = path.read_text("utf-8", "replace").split("\n") if path.exists() else [], []
+    lines = [line for line in lines if line.strip()]
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    rows = [row for row in rows if isinstance(row, dict)]
+    return rows, len(lines) - len(rows)
+
+
+def read_run(out):
+    """What the files of a run hold, as a dict; UserError if it is none."""
+    rows, broken = read_rows(out / "training_logs.jsonl")
+    folders = [p for p in (out / "final", *checkpoints(out)) if (p / "diffusion.json").is_file()]
+    if not rows and not folders:
+        raise UserError(f"out_dir: no run in '{out}'")
+    record = convert.read_record(folders[0]) if folders else NO_RECORD
+    with errors_as(f"{out / 'result.json'} cannot be read"):
+        path = out / "result.json"
+        result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows = [row for row in rows if "stage" in row and "step" in row]
+    return {"out": out, "rows": rows, "broken": broken, "record": record, "result": result,
+            "folder": folders[0] if folders else None, "finished": (out / "final").exists(),
+            "evals": [row for row in rows if "eval_nelbo" in row],
+            "steps": [row for row in rows if "loss" in row],
+            "evaluations": read_rows(out / "evaluations.jsonl")[0]}
+
+
+def stages_of(run):
+    """[(name, rows of its steps, the evaluation at its end)] of the stages of a run. The first
+    evaluation of a stage is also the end of the stage before."""
+    names = list(dict.fromkeys(row["stage"] for row in run["rows"]))
+    found = []
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        later = [row for row in run["evals"] if row["stage"] == following]
+        steps = [row for row in run["steps"] if row["stage"] == name]
+        found.append((name, steps, (later or run["evals"][-1:] or [{}])[0]))
+    return found
+
+
+def before_and_after(run):
+    """(The evaluation right before diffusion training, the last one), {} where there is none."""
+    diffusion = [row for row in run["evals"] if row["stage"][0] != "0"]
+    return (diffusion or [{}])[0], (diffusion or [{}])[-1]
+
+
+def defaults():
+    """{setting: (its default, what it is)} from the source of convert.py, in whose globals a run
+    has changed them."""
+    source = Path(convert.__file__).read_text("utf-8").partition("\nallowed = ")[0]
+    found = re.findall(r"^([a-z]\w*) = (.+?)  # (.*)$", source, re.M)
+    return {name: (ast.literal_eval(value), why) for name, value, why in found}
+
+
+def changed(run):
+    """{setting: (value, default, what it is)} of the settings of a run that are not the defaults.
+    A model_name beside a model_config was not loaded."""
+    known = defaults()
+    return {name: (value, *known.get(name, (None, "")))
+            for name, value in run["record"]["settings"].items()
+            if name not in known or value != known[name][0]}
+
+
+def command(run):
+    """The command that repeats a run, in one line for each flag."""
+    flags = [f"--{name}={value}" for name, (value, _, _) in changed(run).items()
+             if name not in NOT_REPEATED]
+    flags = [flag.replace("\n", " ") for flag in flags]  # JSON may be in several lines
+    return " \\\n  ".join(["python convert.py", *map(shlex.quote, flags)])
+
+
+def is_number(value):
+    """Whether a value of a file can be drawn and compared; not so null, nor true."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def warnings(run):
+    """What a reader of the curves should know, as sentences."""
+    state, s = run["record"]["state"], run["record"]["settings"]
+    first, last = before_and_after(run)
+    after = {k: v for k, v in last.items() if is_number(v)}
+    bounds = [row["eval_nelbo"] for row in run["evals"]
+              if row["stage"][0] != "0" and is_number(row["eval_nelbo"])]
+    best = min(bounds, default=math.inf)
+    skipped = max(state.get("skipped", 0),
+                  sum(row["loss"] is None or row.get("grad_norm") is None for row in run["steps"]))
+    before, micro_batch = after.get("ar_ppl_before", math.inf), state.get("micro_batch", math.inf)
+    report = state.get("data_report") or {}
+    found = {
+        "The run is not finished: the figures are those so far.": not run["finished"],
+        f"{skipped} steps were skipped, or more: loss or gradient was not finite.": skipped,
+        f"Lines of the log that cannot be read: {run['broken']}.": run["broken"],
+        f"ar_ppl is {number(after.get('ar_ppl'))}, before diffusion training it was "
+        f"{number(before)}: the AR mode has lost.": after.get("ar_ppl", 0) > 1.01 * before,
+        f"eval_nelbo is {number(after.get('eval_nelbo'))}, at its best it was {number(best)}: "
+        "training longer made it worse.":
+            after.get("eval_nelbo", 0) > best + after.get("eval_nelbo_se", 0),
+        f"Memory ran out: {micro_batch} windows at a time, not {s.get('batch_size')}.":
+            not s.get("rank_batch_sizes") and micro_batch < s.get("batch_size", 0),
+        "Memory ran out: gradient checkpointing was switched on.":
+            state.get("checkpointing") and not s.get("use_gradient_checkpointing"),
+        "Memory ran out: 8-bit Adam took over.":
+            state.get("adam_8bit") and not s.get("use_8bit_adam"),
+        "The evaluation is on the model's own answers: its nats compare with no other run's.":
+            s.get("on_policy_tokens") and s.get("on_policy_share") == 1,
+    }
+    if report:
+        share = report["held_out_share_in_training"]
+        found |= {f"Data: {left_out(report)}.":
+                      report["near_duplicates_left_out"] or report["refused"],
+                  f"Data: {share:.1%} of held-out text is in training too.": share > 0.001}
+    return [text for text, holds in found.items() if holds]
+
+
+# ----------------------------------------------------------------------------------------------
+# The page. Whatever comes from a file is text of others: it is escaped here, in escape() alone
+def escape(value):
+    """A value as HTML: a text as it is, a number shortened, anything else as JSON."""
+    if value is None or isinstance(value, (int, float)):
+        value = number(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return html.escape(text)
+
+
+def number(value):
+    """A number with four digits or as it is, if whole; a dash for what is none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not is_number(value):
+        return "\u2013"
+    return f"{value:,}" if isinstance(value, int) else f"{value:#.4g}".rstrip(".")
+
+
+def table(head, rows, caption, kind="numbers"):
+    """A table of numbers or words; what does not fit scrolls sideways. Cells are escaped."""
+    cells = [[f'<th scope="row">{escape(row[0])}</th>',
+              *(f"<td>{escape(cell)}</td>" for cell in row[1:])] for row in rows]
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    caption = escape(caption)
+    return (f'<div class="wide {kind}" tabindex="0" role="region" aria-label="{caption}"><table>\n'
+            f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>\n"
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def section(title, *parts):
+    """A section of the page; none without contents."""
+    parts = [part for part in parts if part]
+    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>" if parts else ""
+
+
+def thinned(points, most=600):
+    """At most about so many of some points, evenly, with the last."""
+    return [*points[:-1:math.ceil(len(points) / most) or 1], *points[-1:]]
+
+
+def ticks(low, high):
+    """Two to six round values from low to high."""
+    step = 10 ** math.floor(math.log10(high - low))
+    step *= next(m for m in (0.2, 0.5, 1, 2) if (high - low) <= 5 * m * step)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def chart(name, points, errors, ends):
+    """The figure of a curve in SVG. points: [(step, value or None)]; errors: {step: standard error
+    of the value}; ends: [(name of a stage, its last step)]."""
+    known = [(x, y) for x, y in points if is_number(y)]
+    if not known:
+        return ""
+    values = [y for _, y in known]
+    log = name != "learning rate" and min(values) > 0 and max(values) > 20 * min(values)
+    scale = math.log10 if log else float
+    low = min(scale(max(y - errors.get(x, 0), y / 2 if log else -math.inf)) for x, y in known)
+    high = max(scale(y + errors.get(x, 0)) for x, y in known)
+    if high - low < 1e-9 * abs(high) or high == low:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    right = max(1, known[-1][0], *(end for _, end in ends))
+
+    def at(x, scaled):  # in a picture of 360 x 200, as wide as a phone
+        return f"{44 + 308 * x / right:.1f},{176 - 154 * (scaled - low) / (high - low):.1f}"
+
+    def path(kind, *places):
+        return f'<path class="{kind}" d="M{" ".join(places)}"/>'
+
+    marks = []
+    for y in ticks(low, high):
+        _, row = at(0, y).split(",")
+        marks += [path("grid", at(0, y), at(right, y)),
+                  f'<text class="y" x="40" y="{row}">{10**y if log else y:.3g}</text>']
+    for (stage, end), start in zip(ends, [0, *(end for _, end in ends)], strict=False):
+        middle, _ = at((start + end) / 2, low).split(",")
+        marks += [path("stage", at(end, low), at(end, high)),
+                  f'<text class="x" x="{middle}" y="14">{escape(stage[0])}</text>']
+    marks += ['<text x="44" y="194">0</text>', f'<text class="y" x="352" y="194">{right:,}</text>']
+    band = [(x, y) for x, y in known if x in errors and not log]
+    if band:
+        edge = [at(x, y + errors[x]) for x, y in band]
+        marks += [path("band", *edge, *reversed([at(x, y - errors[x]) for x, y in band]))]
+    line, gap = "", True  # a value that is none interrupts the line
+    for x, y in points:
+        if is_number(y):
+            line += f"{'M' if gap else 'L'}{at(x, scale(y))}{'h0' if gap else ''}"
+        gap = not is_number(y)
+    marks += [f'<path class="line" d="{line}"/>']
+    if len(known) <= 60:
+        marks += [f'<circle r="2.5" transform="translate({at(x, scale(y))})"><title>step {x:,}: '
+                  f"{number(y)}</title></circle>" for x, y in known]
+    (first, start), (last, end) = known[0], known[-1]
+    told = (f"{name}: {number(start)} at step {first:,}, {number(end)} at step {last:,}, lowest "
+            f"{number(min(values))}, highest {number(max(values))}")
+    unit = " (logarithmic)" if log else ""
+    return (f'<figure><figcaption>{escape(name + unit)}</figcaption><svg viewBox="0 0 360 200" '
+            f'role="img" aria-label="{escape(told)}">{"".join(marks)}</svg></figure>')
+
+
+def curves(run):
+    """The four charts, with the stages between them."""
+    ends = [(name, max([row["step"] for row in steps], default=0))
+            for name, steps, _ in stages_of(run)]
+    errors = {row["step"]: row["eval_nelbo_se"] for row in run["evals"]
+              if is_number(row.get("eval_nelbo_se"))}
+    charts = [chart(name, thinned([(row["step"], row.get(key)) for row in rows]), band, ends)
+              for name, rows, key, band in (
+                  ("loss", run["steps"], "loss", {}),
+                  ("eval_nelbo and its standard error", run["evals"], "eval_nelbo", errors),
+                  ("ar_ppl", run["evals"], "ar_ppl", {}),
+                  ("learning rate", run["steps"], "lr", {}))]
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def stage_table(run):
+    """What each stage did."""
+    trains = {stage["name"]: stage["trains"] for stage in convert.make_stages(1)}
+    lora, rows = run["record"]["settings"].get("use_lora"), []
+    for name, steps, after in stages_of(run):
+        what = "adapters" if lora else trains.get(name)
+        losses, rates = ([row[key] for row in steps if is_number(row.get(key))]
+                         for key in ("loss", "lr"))
+        rows.append([name, what, steps[-1]["step"] if steps else None, max(rates, default=None),
+                     *(losses[:1] or [None]), *(losses[-1:] or [None]), after.get("eval_nelbo"),
+                     after.get("ar_ppl")])
+    return table(["stage", "trains", "until step", "highest rate", "loss at first", "at the end",
+                  "eval_nelbo", "ar_ppl"], rows, "After each stage")
+
+
+def evaluation_table(rows, first, names, caption):
+    """The evaluations of a run, or rows of evaluations.jsonl, which may have more columns."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in keys if key not in (*first, "sample", "ar_ppl_before", "eval_ppl_bound")
+            and (key in names or not names)]
+    return table([*first, *(names.get(key, key) for key in keys)],
+                 [[row.get(key) for key in (*first, *keys)] for row in rows], caption)
+
+
+def samples(run):
+    """The text of each evaluation, twelve at most, the first and the last among them."""
+    rows = [row for row in run["evals"] if isinstance(row.get("sample"), str)]
+    items = [f"<li><b>step {escape(row['step'])}</b> <small>{escape(row['stage'])}</small>"
+             f'<p class="text" dir="auto">{escape(row["sample"])}</p></li>'
+             for row in thinned(rows, 11)]
+    return f"<ol class='samples'>{''.join(items)}</ol>" if items else ""
+
+
+def results(run):
+    """What result.json adds: tables, texts, and a hole that was filled."""
+    result, parts, rows = dict(run["result"]), [], []
+    hole, texts = result.pop("hole", None), result.pop("samples", None)
+    for key, value in result.items():
+        if isinstance(value, dict):
+            rows += [[f"{key}: {name}", part] for name, part in value.items()]
+        else:
+            rows.append([key, value])
+    if rows:
+        parts.append(table(["figure", "value"], [[k.replace("_", " ") if ":" in k else k, v]
+                                                 for k, v in rows], "Measured at the end"))
+    if isinstance(hole, dict):
+        filled = "<mark>" + escape(hole.get("filled")) + "</mark>"
+        parts.append(f'<h3>A hole, filled</h3><p class="text" dir="auto">'
+                     f"{escape(hole.get('left'))}{filled}{escape(hole.get('right'))}</p>")
+        parts.append(f"<p>The text had: <q>{escape(hole.get('answer'))}</q>. The AR model, which "
+                     f"sees the left side alone: <q>{escape(hole.get('ar_guess'))}</q>.</p>")
+    if texts:
+        parts += ["<h3>Samples at the end</h3>", *(
+            f'<p class="text" dir="auto">{escape(text)}</p>' for text in texts)]
+    return parts
+
+
+def tiles(run):
+    """The figures that say most, each with what it was before."""
+    first, last = before_and_after(run)
+    verify, result = run["result"].get("verify") or {}, run["result"]
+    found = [("eval_nelbo, nats per token", last.get("eval_nelbo"),
+              f"at first {number(first.get('eval_nelbo'))}"),
+             ("bits per byte", last.get("eval_bpb"), f"at first {number(first.get('eval_bpb'))}"),
+             ("ar_ppl", last.get("ar_ppl"), f"before {number(last.get('ar_ppl_before'))}"),
+             ("tokens per forward", verify.get("tokens_per_forward"),
+              f"speed over AR {number(verify.get('speed_over_ar'))}"),
+             ("minutes", result.get("minutes"), f"{run['rows'][-1]['step']:,} steps")]
+    return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}<small>{note}</small></dd></div>"
+                   for name, value, note in found if is_number(value))
+
+
+def page(run, replayed):
+    """The report of a run as HTML. replayed: of unmasking(), or a sentence that says why not."""
+    rows = [[name, *row] for name, row in changed(run).items()]
+    notes = "".join(f"<li>{escape(text)}</li>" for text in warnings(run))
+    if replayed.startswith("<!doctype"):
+        replayed = f'<iframe title="replay" srcdoc="{escape(replayed)}"></iframe>'
+    else:
+        replayed = f"<p>{escape(replayed)}</p>"
+    logged = ["step", "stage"]
+    numbers = evaluation_table(run["evals"], logged, COLUMNS, "Evaluations on held-out text")
+    more = run["evaluations"]
+    state, versions = run["record"]["state"], run["record"]["versions"]
+    facts = [f"{run['rows'][-1]['step']:,} steps",
+             "finished" if run["finished"] else "not finished",
+             f"{state['tokens']:,} tokens" if state.get("tokens") else "",
+             *(f"{name} {version}" for name, version in versions.items())]
+    sections = [
+        section("Warnings", notes and f'<ul class="warnings">{notes}</ul>'),
+        section("Curves", curves(run), folded("The numbers", numbers)),
+        section("It learns: the same prompt at each evaluation", samples(run)),
+        section("Unmasking", replayed),
+        section("Results", *results(run)),
+        section("Later evaluations", more and evaluation_table(more, [], {}, "evaluations.jsonl")),
+        section("Stages", stage_table(run)),
+        section("Settings", folded(f"{len(rows)} settings that differ from the defaults", table(
+            ["setting", "value", "default", "what it is"], rows, "Settings", "words"))),
+        section("The same run again", f"<pre>{escape(command(run))}</pre>")]
+    template = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(run["out"].absolute().name), about=escape(", ".join(filter(None, facts))),
+        tiles=f'<dl class="tiles">{tiles(run)}</dl>', sections="\n".join(filter(None, sections)))
+
+
+def folded(summary, contents):
+    """What opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{contents}</details>"
+
+
+# ----------------------------------------------------------------------------------------------
+# The model card
+def hub_name(name):
+    """The name, if it is one of the hub and not a path here."""
+    there = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    return name if there and Path(name).suffix not in (".gguf", ".txt", ".jsonl") else ""
+
+
+def markdown(head, rows):
+    """A table in Markdown."""
+    rows = [[number(x) if is_number(x) or x is None else str(x) for x in row] for row in rows]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(x.replace('|', ' ') for x in row)} |" for row in lines)
+
+
+def public(name, value):
+    """A setting as a card shows it: of a path on this machine only the last part, as cards are
+    published."""
+    is_path = convert.allowed.get(name) is Path and not hub_name(str(value))
+    return Path(value).name if is_path else " ".join(str(value).split())
+
+
+def front_matter(base, data):
+    """The YAML head of a card; what the hub does not know is left out."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation",
+             "tags:\n- masked-diffusion\n- diffusion-llm-converter"]
+    if base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    if data:
+        lines.append(f"datasets:\n- {json.dumps(data)}")
+    return "\n".join(lines)
+
+
+def card(run):
+    """The model card of a result, in Markdown."""
+    record, s, ours = run["record"], run["record"]["settings"], run["record"]["model"]
+    base, data = (record["base"] or {}).get("name", s["model_name"]), s["dataset_name"]
+    said = public("model_name", base)
+    if s["model_config"]:
+        base, said = "", "random weights, AR pre-trained first"
+    first, last = before_and_after(run)
+    report = record["state"].get("data_report")
+    kinds = {"blocks" if ours["block_size"] else "whole", "adapters" if ours["lora"] else "full",
+             "based" if record["base"] else "own"}
+    text = (ASSETS / "model_card.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!-- (\w+) -->\n(.*?)<!-- end -->\n",
+                  lambda part: part[2] if part[1] in kinds else "", text, flags=re.S)
+    keys = [key for key in COLUMNS if key in last]
+    stages = [[name, steps[-1]["step"] if steps else None, after.get("eval_nelbo"),
+               after.get("ar_ppl")] for name, steps, after in stages_of(run)]
+    settings = [[f"`{name}`", public(name, value)] for name, (value, _, _) in changed(run).items()
+                if name not in (*NOT_REPEATED, "out_dir", "cache_dir")]
+    versions = [f"{name} {version}" for name, version in record["versions"].items()]
+    return Template(text).substitute(
+        front=front_matter(hub_name(base), hub_name(data)), name=run["out"].absolute().name,
+        base=said, ar_model=json.dumps(said), block=ours["block_size"],
+        prompt=shlex.quote(" ".join(s["sample_prompt"].split())), length=record["max_seq_length"],
+        ar_ppl_before=number(last.get("ar_ppl_before")), data=public("dataset_name", data),
+        windows=f"{report['train']:,} windows, {report['held']:,} held out." if report else "",
+        figures=markdown(["", *(f"`{key}`" if "_" in key else key for key in keys)],
+                         [["right before diffusion training", *(first.get(k) for k in keys)],
+                          ["at the end", *(last.get(k) for k in keys)]]),
+        stages=markdown(["stage", "until step", "`eval_nelbo`", "`ar_ppl`"], stages),
+        settings=markdown(["setting", "value"], settings), versions=", ".join(versions))
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing
+def write(out, replayed):
+    """Write report.html, and the card of a finished run that has none: its owner may have added to
+    it. SHA256SUMS does not list the card, so the result stays what was checked when saved."""
+    run = read_run(out)
+    files = {out / "report.html": page(run, replayed)}
+    if run["finished"] and not (out / "final/README.md").exists():
+        files[out / "final/README.md"] = card(run)
+    for path, text in files.items():
+        temporary = path.with_name(f"{path.name}.new")
+        try:
+            temporary.write_text(text, "utf-8", "replace")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    print(f"report: {out}/report.html")
+
+
+def report_on_run(out, model, tokenizer):
+    """Write the report of a run that has just ended. It is saved by then, so an error is told in
+    one line, and python report.py makes up for it."""
+    autocast = pick_autocast(model.device, convert.dtype)
+    try:
+        with errors_as("report: not written", RunError):
+            replayed = unmasking(model, tokenizer, convert.sample_prompt, autocast)
+            processes.from_rank_0(write, out, replayed)
+    except (UserError, OSError) as error:
+        print(first_line(error))
+
+
+def newest_run():
+    """The run under outputs/ that was written to last."""
+    logs = sorted(Path("outputs").glob("*/training_logs.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not logs:
+        raise UserError("out_dir: no run in outputs/; python convert.py config/tiny.py makes one")
+    return logs[-1].parent
+
+
+def replayed_by(folder, target):
+    """unmasking() by the model in a folder, or a sentence that says why not."""
+    if not (replay and folder):
+        return "Not replayed: the model was not loaded." if folder else "Nothing is saved yet."
+    try:
+        autocast = pick_autocast(target, "float32")
+        as_dtype = pick_autocast(target, dtype).fast_dtype
+        model, tokenizer = convert.load_model(folder, target, as_dtype=as_dtype)
+        prompt = convert.read_record(folder)["settings"].get("sample_prompt", "")
+        return unmasking(model.to(target), tokenizer, prompt, autocast)
+    except UserError as error:
+        return f"Not replayed: {first_line(error)}"
+
+
+def main(argv):
+    configure(globals(), argv, allowed)
+    out, target = Path(out_dir) if out_dir else newest_run(), pick_device(device)
+    replayed = replayed_by(read_run(out)["folder"], target)
+    with errors_as(f"report: cannot write to '{out}'", RunError):
+        write(out, replayed)
+
+
+if __name__ == "__main__":
+    run(main)
