@@ -1102,13 +1102,12 @@ def main(argv):
             start = time.perf_counter()
             x0 = windows_of_step(train_data, own_text.get("train"), stage, state)  # (N, T)
             loss, norm, lr = train_step(model, training, autocast, stage, x0, state)
-            seconds = time.perf_counter() - start
             # ----------------------------------------------------------------------------------
 
             state["step"] += 1
             state["total"] += 1
             state["tokens"] += x0.numel()
-            log_step(loss, norm, lr, seconds, s, stage, state, log, device)
+            log_step(loss, norm, lr, time.perf_counter() - start, s, stage, state, log, device)
             last = state["step"] == stage["steps"]
             stopping = processes.agree_to_stop(stop)
             if last or stopping or save_steps and state["total"] % save_steps == 0:

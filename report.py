@@ -8,6 +8,7 @@ convert.py writes the same page, out_dir/report.html, when a run ends. Beside th
 model card, out_dir/final/README.md, if there is none yet.
 """
 import ast
+import contextlib
 import html
 import json
 import math
@@ -33,11 +34,9 @@ dtype = "float32"  # of the weights: float32 | bfloat16 | float16
 
 allowed = {"out_dir": Path, "dtype": {"float32", "bfloat16", "float16"}}
 ASSETS = Path(__file__).with_name("assets")
-NOT_REPEATED = "resume", "checkpoint", "dry_run", "debug"  # settings that a new run does without
-NO_RECORD = {"settings": {}, "state": {}, "versions": {}, "model": {}}
-COLUMNS = {"eval_nelbo": "eval_nelbo", "eval_nelbo_se": "standard error",
-           "eval_nelbo_sampler": "eval_nelbo_sampler", "eval_bpb": "bits per byte",
-           "ar_ppl": "ar_ppl"}  # of the table of evaluations
+NOT_REPEATED = "resume", "checkpoint", "debug", "out_dir"  # settings that a new run does without
+NO_RECORD = {"settings": {}, "state": {}, "versions": {}}
+FIGURES = "eval_nelbo", "eval_nelbo_se", "eval_nelbo_sampler", "eval_bpb", "ar_ppl"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -109,33 +108,30 @@ def unmasking(model, tokenizer, prompt, autocast):
 # What the files of a run tell
 def read_rows(path):
     """(The objects in the lines of a file, how many lines are none: a kill may cut the last)."""
-    lines, rows = path.read_text("utf-8", "replace").split("\n") if path.exists() else [], []
-    lines = [line for line in lines if line.strip()]
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    rows, lines = [], [line for line in text.split("\n") if line.strip()]
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     rows = [row for row in rows if isinstance(row, dict)]
     return rows, len(lines) - len(rows)
 
 
 def read_run(out):
-    """What the files of a run hold, as a dict; UserError if it is none."""
+    """What the files of a run tell, as a dict; UserError if it has no log yet."""
     rows, broken = read_rows(out / "training_logs.jsonl")
-    folders = [p for p in (out / "final", *checkpoints(out)) if (p / "diffusion.json").is_file()]
-    if not rows and not folders:
-        raise UserError(f"out_dir: no run in '{out}'")
-    record = convert.read_record(folders[0]) if folders else NO_RECORD
-    with errors_as(f"{out / 'result.json'} cannot be read"):
-        path = out / "result.json"
-        result = json.loads(path.read_text("utf-8")) if path.exists() else {}
     rows = [row for row in rows if "stage" in row and "step" in row]
-    return {"out": out, "rows": rows, "broken": broken, "record": record, "result": result,
-            "folder": folders[0] if folders else None, "finished": (out / "final").exists(),
+    if not rows:
+        raise UserError(f"out_dir: no log of a run in '{out}'")
+    folders = [p for p in (out / "final", *checkpoints(out)) if (p / "diffusion.json").is_file()]
+    record = convert.read_record(folders[0]) if folders else NO_RECORD
+    result, _ = read_rows(out / "result.json")
+    return {"out": out, "name": out.absolute().name, "rows": rows, "broken": broken,
             "evals": [row for row in rows if "eval_nelbo" in row],
-            "steps": [row for row in rows if "loss" in row],
-            "evaluations": read_rows(out / "evaluations.jsonl")[0]}
+            "steps": [row for row in rows if "loss" in row], "last_step": rows[-1]["step"],
+            "folder": folders[0] if folders else None, "finished": (out / "final").exists(),
+            "evaluations": read_rows(out / "evaluations.jsonl")[0],
+            "record": record, "result": result[0] if result else {}}
 
 
 def stages_of(run):
@@ -153,7 +149,7 @@ def stages_of(run):
 def before_and_after(run):
     """(The evaluation right before diffusion training, the last one), {} where there is none."""
     diffusion = [row for row in run["evals"] if row["stage"][0] != "0"]
-    return (diffusion or [{}])[0], (diffusion or [{}])[-1]
+    return (diffusion or [{}])[0], (run["evals"] or [{}])[-1]
 
 
 def defaults():
@@ -165,20 +161,19 @@ def defaults():
 
 
 def changed(run):
-    """{setting: (value, default, what it is)} of the settings of a run that are not the defaults.
-    A model_name beside a model_config was not loaded."""
+    """{setting: (value, default, what it is)} where a run differs from the defaults."""
     known = defaults()
-    return {name: (value, *known.get(name, (None, "")))
+    return {name: (value, *known.get(name, ("", "")))
             for name, value in run["record"]["settings"].items()
             if name not in known or value != known[name][0]}
 
 
 def command(run):
-    """The command that repeats a run, in one line for each flag."""
+    """The command that repeats a run, in another folder, with one flag a line."""
     flags = [f"--{name}={value}" for name, (value, _, _) in changed(run).items()
              if name not in NOT_REPEATED]
-    flags = [flag.replace("\n", " ") for flag in flags]  # JSON may be in several lines
-    return " \\\n  ".join(["python convert.py", *map(shlex.quote, flags)])
+    flags = ["python convert.py", *flags, f"--out_dir={run['out']}_again"]
+    return " \\\n  ".join([flags[0], *map(shlex.quote, flags[1:])])
 
 
 def is_number(value):
@@ -190,37 +185,35 @@ def warnings(run):
     """What a reader of the curves should know, as sentences."""
     state, s = run["record"]["state"], run["record"]["settings"]
     first, last = before_and_after(run)
-    after = {k: v for k, v in last.items() if is_number(v)}
-    bounds = [row["eval_nelbo"] for row in run["evals"]
-              if row["stage"][0] != "0" and is_number(row["eval_nelbo"])]
-    best = min(bounds, default=math.inf)
-    skipped = max(state.get("skipped", 0),
-                  sum(row["loss"] is None or row.get("grad_norm") is None for row in run["steps"]))
-    before, micro_batch = after.get("ar_ppl_before", math.inf), state.get("micro_batch", math.inf)
-    report = state.get("data_report") or {}
+    nelbo, ppl = last.get("eval_nelbo"), last.get("ar_ppl")
+    best = min((row["eval_nelbo"] for row in run["evals"]
+                if row["stage"][0] != "0" and is_number(row["eval_nelbo"])), default=None)
+    ppl_before, error = last.get("ar_ppl_before"), last.get("eval_nelbo_se")
+    not_finite = sum(row["loss"] is None or row.get("grad_norm") is None for row in run["steps"])
+    skipped = max(state.get("skipped", 0), not_finite)
+    data, micro_batch = state.get("data_report"), state.get("micro_batch", math.inf)
     found = {
-        "The run is not finished: the figures are those so far.": not run["finished"],
-        f"{skipped} steps were skipped, or more: loss or gradient was not finite.": skipped,
+        "The run is not finished: these are the figures so far.": not run["finished"],
+        f"Steps left out because loss or gradient was not finite: {skipped}.": skipped,
         f"Lines of the log that cannot be read: {run['broken']}.": run["broken"],
-        f"ar_ppl is {number(after.get('ar_ppl'))}, before diffusion training it was "
-        f"{number(before)}: the AR mode has lost.": after.get("ar_ppl", 0) > 1.01 * before,
-        f"eval_nelbo is {number(after.get('eval_nelbo'))}, at its best it was {number(best)}: "
-        "training longer made it worse.":
-            after.get("eval_nelbo", 0) > best + after.get("eval_nelbo_se", 0),
+        f"ar_ppl is {number(ppl)}, before diffusion training it was {number(ppl_before)}: the AR "
+        "mode has lost.": first and is_number(ppl) and is_number(ppl_before)
+                          and ppl > 1.01 * ppl_before,
+        f"eval_nelbo is {number(nelbo)}, at its best it was {number(best)}.":
+            best and is_number(nelbo) and is_number(error) and nelbo > best + error,
         f"Memory ran out: {micro_batch} windows at a time, not {s.get('batch_size')}.":
             not s.get("rank_batch_sizes") and micro_batch < s.get("batch_size", 0),
         "Memory ran out: gradient checkpointing was switched on.":
             state.get("checkpointing") and not s.get("use_gradient_checkpointing"),
         "Memory ran out: 8-bit Adam took over.":
             state.get("adam_8bit") and not s.get("use_8bit_adam"),
-        "The evaluation is on the model's own answers: its nats compare with no other run's.":
+        "Evaluated on the model's own text, so its nats compare with those of no other run.":
             s.get("on_policy_tokens") and s.get("on_policy_share") == 1,
     }
-    if report:
-        share = report["held_out_share_in_training"]
-        found |= {f"Data: {left_out(report)}.":
-                      report["near_duplicates_left_out"] or report["refused"],
-                  f"Data: {share:.1%} of held-out text is in training too.": share > 0.001}
+    if data:
+        share = data["held_out_share_in_training"]
+        found |= {f"Data: {left_out(data)}.": data["near_duplicates_left_out"] or data["refused"],
+                  f"Data: {share:.1%} of held-out text is in training too.": share}
     return [text for text, holds in found.items() if holds]
 
 
@@ -235,12 +228,12 @@ def escape(value):
 
 
 def number(value):
-    """A number with four digits or as it is, if whole; a dash for what is none."""
+    """A number with four digits, or as it is if whole; a dash for what is none."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not is_number(value):
         return "\u2013"
-    return f"{value:,}" if isinstance(value, int) else f"{value:#.4g}".rstrip(".")
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def table(head, rows, caption, kind="numbers"):
@@ -266,8 +259,12 @@ def thinned(points, most=600):
     return [*points[:-1:math.ceil(len(points) / most) or 1], *points[-1:]]
 
 
-def ticks(low, high):
-    """Two to six round values from low to high."""
+def ticks(low, high, log):
+    """Round values from low to high; of a logarithmic axis their logarithms."""
+    if log:
+        tens = range(math.floor(low), math.ceil(high))
+        found = [e + math.log10(m) for e in tens for m in (1, 2, 5)]
+        return [y for y in found if low <= y <= high]
     step = 10 ** math.floor(math.log10(high - low))
     step *= next(m for m in (0.2, 0.5, 1, 2) if (high - low) <= 5 * m * step)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -295,7 +292,7 @@ def chart(name, points, errors, ends):
         return f'<path class="{kind}" d="M{" ".join(places)}"/>'
 
     marks = []
-    for y in ticks(low, high):
+    for y in ticks(low, high, log):
         _, row = at(0, y).split(",")
         marks += [path("grid", at(0, y), at(right, y)),
                   f'<text class="y" x="40" y="{row}">{10**y if log else y:.3g}</text>']
@@ -355,94 +352,88 @@ def stage_table(run):
                   "eval_nelbo", "ar_ppl"], rows, "After each stage")
 
 
-def evaluation_table(rows, first, names, caption):
-    """The evaluations of a run, or rows of evaluations.jsonl, which may have more columns."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    keys = [key for key in keys if key not in (*first, "sample", "ar_ppl_before", "eval_ppl_bound")
-            and (key in names or not names)]
-    return table([*first, *(names.get(key, key) for key in keys)],
-                 [[row.get(key) for key in (*first, *keys)] for row in rows], caption)
+def evaluation_table(rows, keys, caption):
+    """The evaluations in rows of a log or a file, as far as they have the keys."""
+    keys = [key for key in keys if any(key in row for row in rows)]
+    return table(keys, [[row.get(key) for key in keys] for row in rows], caption)
 
 
 def samples(run):
-    """The text of each evaluation, twelve at most, the first and the last among them."""
+    """The texts of the evaluations, twelve at most, the first and the last among them."""
     rows = [row for row in run["evals"] if isinstance(row.get("sample"), str)]
-    items = [f"<li><b>step {escape(row['step'])}</b> <small>{escape(row['stage'])}</small>"
-             f'<p class="text" dir="auto">{escape(row["sample"])}</p></li>'
-             for row in thinned(rows, 11)]
-    return f"<ol class='samples'>{''.join(items)}</ol>" if items else ""
+    items = [f"<li><span><b>step {escape(row['step'])}</b><br><small>{escape(row['stage'])}</small>"
+             f"</span>{block(row['sample'])}</li>" for row in thinned(rows, 11)]
+    return f'<ol class="samples">{"".join(items)}</ol>' if items else ""
+
+
+def block(text):
+    """A text as its model or its owner wrote it."""
+    return f'<p class="text" dir="auto">{escape(text)}</p>'
 
 
 def results(run):
-    """What result.json adds: tables, texts, and a hole that was filled."""
-    result, parts, rows = dict(run["result"]), [], []
-    hole, texts = result.pop("hole", None), result.pop("samples", None)
-    for key, value in result.items():
+    """What result.json adds: figures, a hole that was filled, samples."""
+    result, rows = dict(run["result"]), []
+    hole, texts = result.pop("hole", None), result.pop("samples", None) or []
+    for name, value in result.items():
         if isinstance(value, dict):
-            rows += [[f"{key}: {name}", part] for name, part in value.items()]
+            rows += [[f"{name}: {part}", x] for part, x in value.items()]
         else:
-            rows.append([key, value])
-    if rows:
-        parts.append(table(["figure", "value"], [[k.replace("_", " ") if ":" in k else k, v]
-                                                 for k, v in rows], "Measured at the end"))
-    if isinstance(hole, dict):
-        filled = "<mark>" + escape(hole.get("filled")) + "</mark>"
-        parts.append(f'<h3>A hole, filled</h3><p class="text" dir="auto">'
-                     f"{escape(hole.get('left'))}{filled}{escape(hole.get('right'))}</p>")
-        parts.append(f"<p>The text had: <q>{escape(hole.get('answer'))}</q>. The AR model, which "
-                     f"sees the left side alone: <q>{escape(hole.get('ar_guess'))}</q>.</p>")
-    if texts:
-        parts += ["<h3>Samples at the end</h3>", *(
-            f'<p class="text" dir="auto">{escape(text)}</p>' for text in texts)]
-    return parts
+            rows.append([name, value])
+    found = [table(["figure", "value"], rows, "Measured at the end")] if rows else []
+    if hole:
+        left, right, filled, answer, guess = (
+            escape(hole.get(key)) for key in ("left", "right", "filled", "answer", "ar_guess"))
+        found += [f'<h3>A hole, filled</h3><p class="text" dir="auto">{left}<mark>{filled}</mark>'
+                  f"{right}</p><p>What stood there: <q>{answer}</q>. The AR model, which sees the "
+                  f"left side alone, writes: <q>{guess}</q>.</p>"]
+    return found + (["<h3>Samples</h3>", *map(block, texts)] if texts else [])
 
 
 def tiles(run):
     """The figures that say most, each with what it was before."""
     first, last = before_and_after(run)
-    verify, result = run["result"].get("verify") or {}, run["result"]
+    verify = run["result"].get("verify") or {}
     found = [("eval_nelbo, nats per token", last.get("eval_nelbo"),
               f"at first {number(first.get('eval_nelbo'))}"),
              ("bits per byte", last.get("eval_bpb"), f"at first {number(first.get('eval_bpb'))}"),
              ("ar_ppl", last.get("ar_ppl"), f"before {number(last.get('ar_ppl_before'))}"),
              ("tokens per forward", verify.get("tokens_per_forward"),
               f"speed over AR {number(verify.get('speed_over_ar'))}"),
-             ("minutes", result.get("minutes"), f"{run['rows'][-1]['step']:,} steps")]
+             ("minutes", run["result"].get("minutes"), f"{number(run['last_step'])} steps")]
     return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}<small>{note}</small></dd></div>"
                    for name, value, note in found if is_number(value))
 
 
 def page(run, replayed):
     """The report of a run as HTML. replayed: of unmasking(), or a sentence that says why not."""
-    rows = [[name, *row] for name, row in changed(run).items()]
     notes = "".join(f"<li>{escape(text)}</li>" for text in warnings(run))
+    frame = f"<p>{escape(replayed)}</p>"
     if replayed.startswith("<!doctype"):
-        replayed = f'<iframe title="replay" srcdoc="{escape(replayed)}"></iframe>'
-    else:
-        replayed = f"<p>{escape(replayed)}</p>"
-    logged = ["step", "stage"]
-    numbers = evaluation_table(run["evals"], logged, COLUMNS, "Evaluations on held-out text")
+        frame = f'<iframe title="replay of the unmasking" srcdoc="{escape(replayed)}"></iframe>'
+    logged = ["step", "stage", *FIGURES]
+    numbers = evaluation_table(thinned(run["evals"], 100), logged, "On held-out text")
     more = run["evaluations"]
-    state, versions = run["record"]["state"], run["record"]["versions"]
-    facts = [f"{run['rows'][-1]['step']:,} steps",
-             "finished" if run["finished"] else "not finished",
-             f"{state['tokens']:,} tokens" if state.get("tokens") else "",
-             *(f"{name} {version}" for name, version in versions.items())]
+    keys = list(dict.fromkeys(key for row in more for key in row))
+    rows = [[name, str(value), str(default), why]
+            for name, (value, default, why) in changed(run).items()]
+    settings = table(["setting", "value", "default", "what it is"], rows, "Settings", "words")
     sections = [
         section("Warnings", notes and f'<ul class="warnings">{notes}</ul>'),
         section("Curves", curves(run), folded("The numbers", numbers)),
         section("It learns: the same prompt at each evaluation", samples(run)),
-        section("Unmasking", replayed),
+        section("Unmasking", frame),
         section("Results", *results(run)),
-        section("Later evaluations", more and evaluation_table(more, [], {}, "evaluations.jsonl")),
+        section("Evaluations after the run", more and evaluation_table(more, keys, "On files")),
         section("Stages", stage_table(run)),
-        section("Settings", folded(f"{len(rows)} settings that differ from the defaults", table(
-            ["setting", "value", "default", "what it is"], rows, "Settings", "words"))),
-        section("The same run again", f"<pre>{escape(command(run))}</pre>")]
+        section("Settings", rows and folded(f"{len(rows)} differ from the defaults", settings)),
+        section("The same run again", rows and f"<pre>{escape(command(run))}</pre>")]
+    versions = [f"{name} {version}" for name, version in run["record"]["versions"].items()]
+    about = [f"{number(run['last_step'])} steps", *versions]
     template = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(run["out"].absolute().name), about=escape(", ".join(filter(None, facts))),
-        tiles=f'<dl class="tiles">{tiles(run)}</dl>', sections="\n".join(filter(None, sections)))
+        title=escape(run["name"]), about=escape(", ".join(about)), tiles=tiles(run),
+        sections="\n".join(filter(None, sections)))
 
 
 def folded(summary, contents):
@@ -472,44 +463,34 @@ def public(name, value):
     return Path(value).name if is_path else " ".join(str(value).split())
 
 
-def front_matter(base, data):
-    """The YAML head of a card; what the hub does not know is left out."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation",
-             "tags:\n- masked-diffusion\n- diffusion-llm-converter"]
-    if base:
-        lines.append(f"base_model: {json.dumps(base)}")
-    if data:
-        lines.append(f"datasets:\n- {json.dumps(data)}")
-    return "\n".join(lines)
-
-
 def card(run):
     """The model card of a result, in Markdown."""
     record, s, ours = run["record"], run["record"]["settings"], run["record"]["model"]
-    base, data = (record["base"] or {}).get("name", s["model_name"]), s["dataset_name"]
-    said = public("model_name", base)
+    base, data = (record.get("base") or {}).get("name", s["model_name"]), s["dataset_name"]
+    said, base_hub, data_hub = public("model_name", base), hub_name(base), hub_name(data)
     if s["model_config"]:
-        base, said = "", "random weights, AR pre-trained first"
+        said, base_hub = "random weights", ""
     first, last = before_and_after(run)
     report = record["state"].get("data_report")
     kinds = {"blocks" if ours["block_size"] else "whole", "adapters" if ours["lora"] else "full",
-             "based" if record["base"] else "own"}
+             "based" if record.get("base") else "own", base_hub and "hub_base",
+             data_hub and "hub_data"}
     text = (ASSETS / "model_card.md").read_text(encoding="utf-8")
     text = re.sub(r"<!-- (\w+) -->\n(.*?)<!-- end -->\n",
                   lambda part: part[2] if part[1] in kinds else "", text, flags=re.S)
-    keys = [key for key in COLUMNS if key in last]
+    keys = [key for key in FIGURES if key in last]
     stages = [[name, steps[-1]["step"] if steps else None, after.get("eval_nelbo"),
                after.get("ar_ppl")] for name, steps, after in stages_of(run)]
     settings = [[f"`{name}`", public(name, value)] for name, (value, _, _) in changed(run).items()
-                if name not in (*NOT_REPEATED, "out_dir", "cache_dir")]
+                if name not in (*NOT_REPEATED, "cache_dir")]
     versions = [f"{name} {version}" for name, version in record["versions"].items()]
     return Template(text).substitute(
-        front=front_matter(hub_name(base), hub_name(data)), name=run["out"].absolute().name,
-        base=said, ar_model=json.dumps(said), block=ours["block_size"],
+        name=run["name"], base=said, base_json=json.dumps(said), data_json=json.dumps(data_hub),
+        block=ours["block_size"], data=public("dataset_name", data),
         prompt=shlex.quote(" ".join(s["sample_prompt"].split())), length=record["max_seq_length"],
-        ar_ppl_before=number(last.get("ar_ppl_before")), data=public("dataset_name", data),
-        windows=f"{report['train']:,} windows, {report['held']:,} held out." if report else "",
-        figures=markdown(["", *(f"`{key}`" if "_" in key else key for key in keys)],
+        ar_ppl_before=number(last.get("ar_ppl_before")),
+        windows=f", {report['train']:,} windows and {report['held']:,} held out" if report else "",
+        figures=markdown(["", *(f"`{key}`" for key in keys)],
                          [["right before diffusion training", *(first.get(k) for k in keys)],
                           ["at the end", *(last.get(k) for k in keys)]]),
         stages=markdown(["stage", "until step", "`eval_nelbo`", "`ar_ppl`"], stages),
@@ -536,15 +517,16 @@ def write(out, replayed):
 
 
 def report_on_run(out, model, tokenizer):
-    """Write the report of a run that has just ended. It is saved by then, so an error is told in
-    one line, and python report.py makes up for it."""
+    """Write the report of a run that has just ended, and say so. The run is saved by then, so an
+    error is told in one line, and python report.py makes up for it."""
     autocast = pick_autocast(model.device, convert.dtype)
     try:
-        with errors_as("report: not written", RunError):
+        with errors_as(f"{out}/report.html", RunError):
             replayed = unmasking(model, tokenizer, convert.sample_prompt, autocast)
             processes.from_rank_0(write, out, replayed)
-    except (UserError, OSError) as error:
-        print(first_line(error))
+    except (UserError, RuntimeError) as error:  # of these, errors_as() leaves out of memory
+        print(f"report: not written: {first_line(error)}")
+    print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
 
 
 def newest_run():

