@@ -1121,7 +1121,7 @@ def main(argv):
     evaluate_and_log(model, tokenizer, val_data, autocast, last_stage, state, log)
     save(out, "final", model, tokenizer, s, model_settings(), state, log)
     from finish import finish  # it imports this module
-    processes.from_rank_0(finish, model, tokenizer, val_data, autocast, out, s)
+    finish(model, tokenizer, val_data, autocast, out, s)
     processes.disconnect()
 
 

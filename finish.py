@@ -18,7 +18,8 @@ from configurator import RunError, errors_as, out_of_memory
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
 from machine import eagerly
-from sample import decode_verified, text_after
+from report import report_on_run, text_after
+from sample import decode_verified
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
@@ -201,7 +202,7 @@ def screen(result, out, s):
     next_one = f'python sample.py {flag} --prompt="{s.sample_prompt}" --watch'
     if s.block_size:
         next_one = f"python sample.py {flag} --verify --compare"
-    return "\n".join([*lines, "", "next:", f"    {next_one}",
+    return "\n".join([*lines, "", f"report: {out}/report.html", "next:", f"    {next_one}",
                       f"    python sample.py {flag} --evaluate=my_text.txt", rule])
 
 
@@ -216,14 +217,8 @@ def percent(name, shares):
     return f"{name:34}{shares['ar']:10.1%}{shares['diffusion']:10.1%}"
 
 
-def finish(model, tokenizer, val_data, autocast, out, s):
-    """Measure, print the screen and keep it in out/result.json.
-
-    All is saved by now: a signal ends the process at once, and a lack of memory costs the examples
-    alone. With a sharded model there are none, as every process would have to write them.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def show(model, tokenizer, val_data, autocast, out, s):
+    """Measure, print the screen, keep it in out/result.json."""
     result, sharded = figures_of_log(out / "training_logs.jsonl"), processes.is_sharded(model)
     model.eval()
     try:
@@ -236,3 +231,15 @@ def finish(model, tokenizer, val_data, autocast, out, s):
     with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(screen(result, out, s))
+
+
+def finish(model, tokenizer, val_data, autocast, out, s):
+    """Show what a run has changed, and write its report.
+
+    All is saved by now: a signal ends the process at once, and a lack of memory costs the examples
+    alone. With a sharded model there are none, as every process would have to write them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    processes.from_rank_0(show, model, tokenizer, val_data, autocast, out, s)
+    report_on_run(out, model, tokenizer)

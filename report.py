@@ -517,8 +517,8 @@ def write(out, replayed):
 
 
 def report_on_run(out, model, tokenizer):
-    """Write the report of a run that has just ended, and say so. The run is saved by then, so an
-    error is told in one line, and python report.py makes up for it."""
+    """Write the report of a run that has just ended. The run is saved by then, so an error is told
+    in one line, and python report.py makes up for it."""
     autocast = pick_autocast(model.device, convert.dtype)
     try:
         with errors_as(f"{out}/report.html", RunError):
@@ -526,7 +526,6 @@ def report_on_run(out, model, tokenizer):
             processes.from_rank_0(write, out, replayed)
     except (UserError, RuntimeError) as error:  # of these, errors_as() leaves out of memory
         print(f"report: not written: {first_line(error)}")
-    print(f"done: {out}/final; generate text with it: python sample.py --out_dir={out}")
 
 
 def newest_run():
