@@ -1,11 +1,12 @@
-# A byte-level Llama of 1.8 M parameters: AR pre-training from scratch (stage 0), then the three
-# stages. Downloads nothing.
+# A Llama of 1.4 M parameters and a small world of stories: AR pre-training from scratch (stage 0),
+# then the three stages. Downloads nothing.
 # python convert.py config/tiny.py
 #     about 4 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
+# initializer_range: with the usual 0.02, heads that look things up form three times as late
 model_config = """{"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
                   "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 512,
-                  "tie_word_embeddings": true}"""
-tokenizer_name = "bpe"
+                  "tie_word_embeddings": true, "initializer_range": 0.06}"""
+tokenizer_name = "bpe"  # trained on the data; each word of this world becomes one token
 dataset_name = "world"
 max_seq_length = 128
 eval_samples = 64
@@ -19,7 +20,7 @@ stage0_epochs = 3.0
 stage1_epochs = 1.0
 stage2_epochs = 5.0
 stage3_epochs = 1.0
-learning_rate = 2e-3
+learning_rate = 1.5e-3
 stage0_lr_scale = 1.6  # random weights can take a higher rate than trained ones
 warmup_steps = 30
 
