@@ -934,15 +934,16 @@ def lr_factor(step, steps, warmup, schedule):
 # ----------------------------------------------------------------------------------------------
 # Evaluation
 @torch.no_grad()
-def window_losses(model, x0, autocast, noise_seed, micro_batch):
+def window_losses(model, x0, autocast, noise_seed, micro_batch, only=slice(None)):
     """The losses (2 or 3, n) of windows x0 (n, T) with fixed noise: diffusion, AR, for blocks also
-    diffusion with the first token of each block known. 0 for windows of other processes."""
+    diffusion with the first token of each block known. 0 for windows of other processes and
+    outside `only`."""
     u, noise = sample_noise(*x0.shape, noise_seed, model.block_size)
     kinds = [(1.0, 0.0, False), (0.0, 1.0, False)]
     if model.block_size:
         kinds.append((1.0, 0.0, True))
     losses = torch.zeros(len(kinds), len(x0), device=model.device)
-    for total, (diffusion, ar, first_known) in zip(losses, kinds, strict=True):
+    for total, (diffusion, ar, first_known) in [*zip(losses, kinds, strict=True)][only]:
         # the linear schedule makes all counts of masks equally likely, which has least variance
         batch = loss_weights(x0, u, noise, model, diffusion, ar, 0, "linear", first_known)
         always = processes.passes_of_all(batch, model)
@@ -960,17 +961,16 @@ def window_losses(model, x0, autocast, noise_seed, micro_batch):
 
 def evaluate(model, tokenizer, windows, autocast, noise_seed, state):
     """Metrics on windows (n, T) of a model in eval mode, with fixed noise: eval_nelbo in nats per
-    token, its standard error over windows, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the
-    causal mode. For blocks also eval_nelbo_sampler: the bound of what the sampler does, which
-    takes the first token of a block from the causal state before it unmasks the others."""
+    token, eval_ppl_bound, eval_bpb in bits per byte, ar_ppl of the causal mode. For blocks also
+    eval_nelbo_sampler, with the first token of each block known. _se: standard errors."""
     x0 = torch.from_numpy(windows.astype(np.int64))  # (n, T)
     work = functools.partial(window_losses, model, x0, autocast, noise_seed)
     losses = processes.total(with_less_memory(work, state, model, size="eval_micro_batch"))
     nelbo, ar_loss, *of_sampler = losses.sum(1).tolist()  # nats per token
-    error = losses[0].std(correction=min(1, len(x0) - 1)) * len(x0) ** 0.5
-    row = {"eval_nelbo": nelbo, "eval_nelbo_se": error.item()}
+    errors = (losses.std(1, correction=min(1, len(x0) - 1)) * len(x0) ** 0.5).tolist()
+    row = {"eval_nelbo": nelbo, "eval_nelbo_se": errors[0]}
     if of_sampler:
-        row["eval_nelbo_sampler"] = of_sampler[0]
+        row |= {"eval_nelbo_sampler": of_sampler[0], "eval_nelbo_sampler_se": errors[2]}
     scored = [ids[1:][ids[1:] >= 0] for ids in windows]
     n_bytes = sum(len(tokenizer.decode(x, skip_special_tokens=True).encode()) for x in scored)
     bits = nelbo * sum(map(len, scored)) / math.log(2)

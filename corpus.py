@@ -476,9 +476,18 @@ def split_corpus(corpus, length, split_seed, report):
     return held_documents(), train_documents()
 
 
-def make_windows(texts, encode, limit, length, start, end, report):
-    """Windows (n, length), limit of them at most, of the texts (number, text) one after the other,
-    each window behind start. Texts that cannot be encoded are counted in the report."""
+def encoding(corpus, tokenizer, length, block):
+    """(encode(text) -> ids, what opens windows, what ends a text)."""
+    if corpus["chat"]:
+        return functools.partial(encode_chat, tokenizer, length=length, block=block), [], []
+    encode = make_encoder(tokenizer, [text[:20000] for text in corpus["train"][:20] if text])
+    one_text = corpus["lines"] > 1 or tokenizer.eos_token_id is None
+    return encode, opening(tokenizer), [] if one_text else [tokenizer.eos_token_id]
+
+
+def make_windows(texts, encode, start, end, limit, length, report):
+    """Windows (n, length), limit at most, of the texts (number, text) one after the other, each
+    behind start. Texts that cannot be encoded are counted in the report."""
     body, rest = length - len(start), np.zeros(0, np.int64)
     while limit and (batch := list(itertools.islice(texts, 64))):
         found = [rest]
@@ -503,12 +512,7 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
               "first_refused": None, "crc32": 0}
     if corpus["chat"]:
         report["dtype"] = "int32"
-        encode, start = functools.partial(encode_chat, tokenizer, length=length, block=block), []
-    else:
-        encode = make_encoder(tokenizer, [text[:20000] for text in corpus["train"][:20] if text])
-        start = opening(tokenizer)
-    one_text = corpus["chat"] or corpus["lines"] > 1 or tokenizer.eos_token_id is None
-    end = [] if one_text else [tokenizer.eos_token_id]
+    how = encoding(corpus, tokenizer, length, block)
     documents = split_corpus(corpus, length, split_seed, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
@@ -518,7 +522,7 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
             report[name] = 0
             with (open(temporary / f"{name}.bin", "wb") as file, tqdm(
                     total=limit, desc=name, unit="windows", disable=None, leave=False) as bar):
-                for windows in make_windows(texts, encode, limit, length, start, end, report):
+                for windows in make_windows(texts, *how, limit, length, report):
                     windows = windows.astype(report["dtype"])
                     with errors_as(f"cache_dir: cannot write {file.name}", RunError):
                         windows.tofile(file)
@@ -537,10 +541,8 @@ def tokenise(folder, corpus, tokenizer, length, max_windows, held_windows, split
 
 def left_out(report):
     """What the data lost on the way to windows, and why."""
-    n, share = report["near_duplicates_left_out"], 0.0
-    if n:
-        share = n / report["documents"]
-    text = f"{n} near-duplicates of held-out text left out ({share:.0%} of the documents)"
+    n, n_all = report["near_duplicates_left_out"], max(1, report["documents"])
+    text = f"{n} near-duplicates of held-out text left out ({n / n_all:.0%} of the documents)"
     if report["refused"]:
         row, why = report["first_refused"]
         text += f", {report['refused']} texts refused, the first in row {row}: {why}"

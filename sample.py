@@ -7,6 +7,7 @@
   python sample.py --verify --compare                     # a block model drafts, its AR mode checks
   python sample.py --prompts=questions.txt --chat --json  # one prompt a line; - is standard input
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
+  python sample.py --evaluate=my_text.txt --json          # instead of text, figures on a text
 """
 import functools
 import re
@@ -14,10 +15,11 @@ import sys
 import time
 from json import dumps
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from configurator import UserError, configure, errors_as, first_line, run
+from configurator import UserError, configure, errors_as, first_line, run, settings_in
 from convert import (
     clean_meta, crop_cache, generate, load_model, logits_to_probs, new_cache, read_record,
     sample_token)
@@ -47,6 +49,16 @@ verify = False  # a block model drafts, the causal mode of the same weights chec
 drafts = 3  # drafted tokens beyond the next, which is exact; at most block_size less 1
 branches = 4  # a check also drafts behind 0, 1, ... accepted tokens; 0: in a pass of its own
 compare = False  # decode the same with plain AR as well: its speed, and how many texts are equal
+# evaluation
+evaluate = ""  # figures on this text: a file or folder as convert.py reads, or pydoc
+eval_samples = 128  # windows of it at most; 0: all, in order
+text_column = "text"  # its column with the text
+infill_spans = 100  # holes of 4 to 12 tokens cut into it; 0: no infilling
+tasks = ""  # tasks of lm-evaluation-harness, comma-separated
+tasks_folder = ""  # a folder with tasks of your own, as it describes them
+tasks_mode = "ar"  # log-likelihoods and texts of which mode: ar | diffusion
+tasks_limit = 0  # examples of each task at most; 0: all
+tasks_draws = 32  # draws of the masks in a log-likelihood of the diffusion
 # run
 out_dir = ""  # folder of a run; "": the newest under outputs/
 checkpoint = ""  # a checkpoint of an unfinished run, instead of out_dir
@@ -57,9 +69,11 @@ watch = False  # show the text unmasking in place, on a terminal
 trace = ""  # write a page that replays the unmasking, as trace.html; opens in any browser, offline
 json = False  # one JSON object a sample on stdout, and nothing else
 
-allowed = dict.fromkeys(("prompts", "out_dir", "checkpoint", "trace"), Path) | {
+allowed = dict.fromkeys((
+    "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
+    "tasks_draws": (1, 10**6), "tasks_mode": {"ar", "diffusion"},
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
 }
@@ -312,11 +326,17 @@ def main(argv):
         raise UserError("watch: needs a terminal, and no --json")
     if watch and (verify or prompts):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
+    s = SimpleNamespace(**settings_in(globals()))
+    if evaluate or tasks or tasks_folder:
+        import evaluation  # not needed to write text
+        evaluation.check_flags(s)
     texts, target = read_prompts(), pick_device(device)
     folder = folder_to_read(out_dir, checkpoint)
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
+    if evaluate or tasks:
+        return evaluation.evaluate_model(model, tokenizer, folder, s)
     check_flags(model, len(texts))
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
