@@ -1176,6 +1176,7 @@ def with_less_memory(work, state, model, training=None, size="micro_batch", halv
         else:
             raise failure
         tqdm.write(f"out of memory: {change} from here on")
+        state.setdefault("less_memory", []).append(change)  # for the report
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(model.device)

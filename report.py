@@ -125,13 +125,16 @@ def read_run(out):
         raise UserError(f"out_dir: no log of a run in '{out}'")
     folders = [p for p in (out / "final", *checkpoints(out)) if (p / "diffusion.json").is_file()]
     record = convert.read_record(folders[0]) if folders else NO_RECORD
-    result, _ = read_rows(out / "result.json")
+    path, result = out / "result.json", {}
+    if path.exists():
+        with errors_as(f"{path} cannot be read"):
+            result = dict(json.loads(path.read_text("utf-8")))
     return {"out": out, "name": out.absolute().name, "rows": rows, "broken": broken,
             "evals": [row for row in rows if "eval_nelbo" in row],
             "steps": [row for row in rows if "loss" in row], "last_step": rows[-1]["step"],
             "folder": folders[0] if folders else None, "finished": (out / "final").exists(),
             "evaluations": read_rows(out / "evaluations.jsonl")[0],
-            "record": record, "result": result[0] if result else {}}
+            "record": record, "result": result}
 
 
 def stages_of(run):
@@ -191,7 +194,8 @@ def warnings(run):
     ppl_before, error = last.get("ar_ppl_before"), last.get("eval_nelbo_se")
     not_finite = sum(row["loss"] is None or row.get("grad_norm") is None for row in run["steps"])
     skipped = max(state.get("skipped", 0), not_finite)
-    data, micro_batch = state.get("data_report"), state.get("micro_batch", math.inf)
+    data = state.get("data_report")
+    changes = [change.rstrip(",") for change in state.get("less_memory", [])]
     found = {
         "The run is not finished: these are the figures so far.": not run["finished"],
         f"Steps left out because loss or gradient was not finite: {skipped}.": skipped,
@@ -201,19 +205,14 @@ def warnings(run):
                           and ppl > 1.01 * ppl_before,
         f"eval_nelbo is {number(nelbo)}, at its best it was {number(best)}.":
             best and is_number(nelbo) and is_number(error) and nelbo > best + error,
-        f"Memory ran out: {micro_batch} windows at a time, not {s.get('batch_size')}.":
-            not s.get("rank_batch_sizes") and micro_batch < s.get("batch_size", 0),
-        "Memory ran out: gradient checkpointing was switched on.":
-            state.get("checkpointing") and not s.get("use_gradient_checkpointing"),
-        "Memory ran out: 8-bit Adam took over.":
-            state.get("adam_8bit") and not s.get("use_8bit_adam"),
+        f"Memory ran out, and the run went on with {'; then with '.join(changes)}.": changes,
         "Evaluated on the model's own text, so its nats compare with those of no other run.":
             s.get("on_policy_tokens") and s.get("on_policy_share") == 1,
     }
     if data:
         share = data["held_out_share_in_training"]
         found |= {f"Data: {left_out(data)}.": data["near_duplicates_left_out"] or data["refused"],
-                  f"Data: {share:.1%} of held-out text is in training too.": share}
+                  f"Data: {share:.1%} of held-out text is in training too.": share >= 0.0005}
     return [text for text, holds in found.items() if holds]
 
 
@@ -450,8 +449,9 @@ def hub_name(name):
 
 
 def markdown(head, rows):
-    """A table in Markdown."""
-    rows = [[number(x) if is_number(x) or x is None else str(x) for x in row] for row in rows]
+    """A table in Markdown, whose texts are no HTML."""
+    rows = [[number(x) if is_number(x) or x is None else html.escape(str(x), False) for x in row]
+            for row in rows]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(x.replace('|', ' ') for x in row)} |" for row in lines)
 

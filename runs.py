@@ -275,7 +275,7 @@ def new_state(s):
             "micro_batch": s.batch_size, "eval_micro_batch": s.batch_size, "sharded": False,
             "checkpointing": s.use_gradient_checkpointing, "adam_8bit": s.use_8bit_adam,
             "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0, "skipped": 0,
-            "data_report": {}}
+            "data_report": {}, "less_memory": []}
 
 
 def find_checkpoint(out, s, allowed):

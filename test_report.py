@@ -1,10 +1,12 @@
 """Tests of the report, the model card and the notebook. pytest test_report.py runs them alone."""
 import html.parser
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import configurator
 import convert
 import report
 from configurator import RunError, UserError
-from test_convert import CPU, TINY, evaluations, script
+from test_convert import CPU, HERE, TINY, evaluations, script
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"\' &lt; $title '
 VOID = {"meta", "br", "img", "input"}  # elements without an end
@@ -91,7 +93,7 @@ def test_a_run_ends_with_a_page_that_has_its_figures_and_needs_no_network(finish
 
 
 def test_what_a_model_or_a_user_writes_stays_text(out):
-    (out / "result.json").write_text(json.dumps({
+    (out / "result.json").write_text(json.dumps(indent=1, obj={
         "minutes": 3.5, HOSTILE: 1, "samples": [HOSTILE], "accepted": {"ar": None, HOSTILE: 0.5},
         "hole": {"left": HOSTILE, "right": "", "answer": None, "filled": HOSTILE}}))
     (out / "evaluations.jsonl").write_text(json.dumps({"file": HOSTILE, HOSTILE: [HOSTILE]}))
@@ -133,13 +135,13 @@ def test_a_page_warns_of_what_the_log_and_the_record_know(out):
     rewrite(out, change)
     path = out / "final/diffusion.json"
     record = json.loads(path.read_text())
-    record["state"] |= {"skipped": 7, "micro_batch": 1, "checkpointing": True, "adam_8bit": True}
+    record["state"] |= {"skipped": 7, "less_memory": ["8-bit Adam", "2 windows at a time"]}
     record["state"]["data_report"] |= {"near_duplicates_left_out": 5,
                                        "held_out_share_in_training": 0.25}
     path.write_text(json.dumps(record))
     found = " ".join(report.warnings(report.read_run(out)))
-    for words in ("ar_ppl is", "eval_nelbo is 9, at its best", "finite: 7", "1 windows at a time, "
-                  "not 4", "checkpointing was", "8-bit Adam", "5 near-dup", "25.0% of held-out"):
+    for words in ("ar_ppl is", "eval_nelbo is 9, at its best", "finite: 7", "8-bit Adam; then with "
+                  "2 windows", "5 near-dup", "25.0% of held-out"):
         assert words in found, words
 
 
@@ -222,3 +224,20 @@ def test_a_report_that_cannot_be_written_is_one_line(out, capsys):
         with pytest.raises(kind, match=words) as error:
             report.main([f"--out_dir={wrong}", "--replay=false", "--device=cpu"])
         assert "\n" not in str(error.value)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    for path in (*HERE.glob("*.py"), HERE / "config", HERE / "assets", HERE / "notebooks"):
+        (tmp_path / path.name).symlink_to(path)  # so that what it writes is not in the repository
+    notebook = json.loads((HERE / "notebooks/tour.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells[1:]) and '"error"' not in json.dumps(cells)
+    assert str(Path.home()) not in json.dumps(cells) and "/tmp/" not in json.dumps(cells)
+    code = "\n\n".join("".join(cell["source"]) for cell in cells)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"TOUR_STEPS": "8"})
+    assert done.returncode == 0 and "error" not in done.stdout, done.stdout + done.stderr
+    for words in ("done: outputs/tour/diffusion/final", "equal the model's own: True", "3 recovery",
+                  "masked: "):
+        assert words in done.stdout, words
+    assert (tmp_path / "outputs/tour/diffusion/report.html").exists()
