@@ -54,6 +54,7 @@ import sample
 from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run, settings_in)
 from machine import memory_gb
+from terminal import duration
 
 # --------------------------------------------------------------------------------------------------
 # measure
@@ -691,7 +692,7 @@ def plan_cards(config, process_gb):
     hours = best[0] / n * run_tflop(config) / share_of_peak / 3600
     sizes = ",".join(map(str, best[1]))
     several = f"rank_batch_sizes={sizes}; " if len(known) > 1 else ""
-    print(f"cards: {several}{hours:.1f} hours at {share_of_peak:.0%} of the "
+    print(f"cards: {several}{duration(3600 * hours)} at {share_of_peak:.0%} of the "
           "cards' peak, without evaluation and on-policy text")
     return {"cards": cards, "rank_batch_sizes": sizes, "hours": hours}
 
@@ -725,7 +726,7 @@ def print_cost(model, autocast, stages, state, train_data, limit_gb, disk_gb):
         for state["step"] in range(min(3, s["steps"])):
             seconds.append(time_step(model, training, autocast, s, train_data, state))
         median = statistics.median(seconds)
-        print(f"stage {s['name']}: {median:.2f} s a step, {median * s['steps'] / 3600:.2f} hours")
+        print(f"stage {s['name']}: {duration(median)} a step, {duration(median * s['steps'])}")
     print(f"memory: {memory_gb(device)[0]:.1f} GB at its peak on {device}, of {limit_gb:.1f}; on "
           f"the host {memory_gb(cpu)[0]:.1f} GB; disk: {disk_gb:.1f} GB")
 

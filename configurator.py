@@ -7,6 +7,7 @@ Whatever goes wrong in run() ends as an error of one line and an exit code.
 import ast
 import contextlib
 import difflib
+import functools
 import logging
 import math
 import os
@@ -19,10 +20,14 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
+import tqdm.auto
 import transformers
 
-for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-    logging.getLogger(library).setLevel(logging.ERROR)  # they miss kernels that are not used here
+# some miss kernels that are not used here, the hub's tells each of its retries
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree", "huggingface_hub"):
+    logging.getLogger(library).setLevel(logging.ERROR)
+# libraries show a bar for each thing they load, here only for downloads, whose bars say disable=
+tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
 show_library_errors = False  # as the setting debug says, where a script has one: see errors_as()
 
 

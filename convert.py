@@ -10,8 +10,8 @@
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, own_text.py, model_files.py, runs.py, probe.py, machine.py and processes.py, and after
-main().
+corpus.py, own_text.py, model_files.py, runs.py, terminal.py, probe.py, machine.py and
+processes.py, and after main().
 """
 import contextlib
 import copy
@@ -41,7 +41,8 @@ from transformers.pytorch_utils import Conv1D
 import processes
 import runs
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
-from corpus import encode_prompt, get_batch, load_data, seed_for, tokenizer_of
+from corpus import (
+    encode_prompt, end_ids, end_of, get_batch, load_data, seed_for, tokenizer_of)
 from machine import (
     checkpoint_layers, choose_parallel, eagerly, leave, set_up_device, set_up_model,
     stop_on_signal)
@@ -49,8 +50,9 @@ from model_files import base_dtype, load_base, load_hf, our_tensors, reference, 
 from own_text import write_own_text
 from probe import decoder_layers, probe, rounding
 from runs import (
-    check_disk, check_settings, cut_back, find_checkpoint, load_training, log_row, log_step,
-    open_log, print_plan, save, try_to_save)
+    check_disk, check_settings, cut_back, find_checkpoint, load_training, open_log, save,
+    try_to_save)
+from terminal import log_evaluation, log_step, print_plan
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -243,12 +245,12 @@ def loss_weights(x0, u, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0, sche
     per_token = diffusion / scored.sum().clamp(min=1)
     diffusion_w = masked * per_token * weight
 
-    # 2) the AR loss. In block mode the first token of a block belongs here too: it is predicted
-    # from a clean state, so noise does not matter to it: it counts 1, as a token does on average
+    if model.block_size:  # the first token of a block is predicted from a clean state, so noise
+        # does not matter to it: it counts 1, as a token does on average
+        diffusion_w = torch.where(first, per_token * ar_scored, diffusion_w)
+
+    # 2) the AR loss
     ar_w = ar * ar_scored / ar_scored.sum().clamp(min=1)
-    if model.block_size:
-        diffusion_w = diffusion_w.masked_fill(first, 0)
-        ar_w = ar_w + per_token * (first & ar_scored)
     return x0, xt, t, diffusion_w, ar_w
 
 
@@ -262,12 +264,15 @@ def forward_passes(batch, micro_batch, model, distill=0.0, always=()):
     """
     for x0, xt, t, diffusion_w, ar_w in zip(*(x.split(micro_batch) for x in batch), strict=True):
         T = x0.shape[1]
-        noisy = diffusion_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
-        clean = ar_w.nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
+        from_x0 = torch.arange(T) % (model.block_size or T) == 0  # by diffusion as well
+        noisy_w = torch.stack([diffusion_w.masked_fill(from_x0, 0), 0 * ar_w], 2)  # (B, T, 2)
+        clean_w = torch.stack([diffusion_w.masked_fill(~from_x0, 0), ar_w], 2)
+        noisy = noisy_w.any(2).nonzero(as_tuple=True)  # (b, i) of each token predicted from xt
+        clean = clean_w.any(2).nonzero(as_tuple=True)  # (b, i) of each token predicted from x0
         # blocks: one pass over [clean copy | noisy copy]
         if model.block_size and (len(noisy[0]) or "noisy" in always):
-            both = (predictions(x0, noisy, diffusion_w, 2 * T, offset=T),
-                    predictions(x0, clean, ar_w, 2 * T))
+            both = (predictions(x0, noisy, noisy_w, 2 * T, offset=T),
+                    predictions(x0, clean, clean_w, 2 * T))
             inputs = {name: torch.cat([part[name] for part in both]) for name in both[0]}
             if distill:  # the clean copy predicts the same tokens
                 teachers = predictions(x0, noisy, distill * diffusion_w, 2 * T)
@@ -277,10 +282,10 @@ def forward_passes(batch, micro_batch, model, distill=0.0, always=()):
             continue
         if len(noisy[0]) or "noisy" in always:
             attention = "bidirectional" if model.bidirectional else "causal"
-            inputs = predictions(x0, noisy, diffusion_w, T)
+            inputs = predictions(x0, noisy, noisy_w, T)
             yield {"attention": attention, "ids": xt, "t": t, **inputs}
         if len(clean[0]) or "clean" in always:
-            inputs = predictions(x0, clean, ar_w, T)
+            inputs = predictions(x0, clean, clean_w, T)
             yield {"attention": "causal", "ids": x0, "t": 0 * t, **inputs}  # t is for masks
 
 
@@ -549,14 +554,16 @@ class DiffusionLM(nn.Module):
         return self.head(output, states.flatten(0, 1)[rows][None])[0]
 
     def loss(self, attention, ids, t, rows, targets, weights, teacher_rows=None, kl_weights=None):
-        """The weighted cross-entropies (N,) of one pass of forward_passes(), to be summed.
+        """The weighted losses (N, 3) of one pass of forward_passes(), to be summed: diffusion,
+        AR, distillation.
 
-        rows (N,) of the flattened hidden states predict targets (N,). The first M also get a KL,
-        times kl_weights (M,), to the AR prediction at teacher_rows (M,), which gets no gradient.
+        rows (N,) of the flattened hidden states predict targets (N,), whose weights (N, 2) are
+        those in the diffusion and in the AR loss. The first M also get a KL, times kl_weights
+        (M,), to the AR prediction at teacher_rows (M,), which gets no gradient.
         """
         with record_function("data"):  # names the parts in a profile, and for bench.py
             if teacher_rows is None:
-                teacher_rows, kl_weights = rows[:0], weights[:0]
+                teacher_rows, kl_weights = rows[:0], weights[:0, 0]
             tensors = ids, t, rows, targets, weights, teacher_rows, kl_weights
             if self.device.type == "cuda" and ids.device.type == "cpu":  # FSDP has moved them
                 # from pinned memory the copies do not wait
@@ -573,14 +580,15 @@ class DiffusionLM(nn.Module):
 
         def chunk_loss(states, targets, weights, teacher_states, kl_weights):
             logits = self.head(output, states[None])[0].float()  # (N, V), softmax in float32
-            losses = F.cross_entropy(logits, targets, reduction="none") * weights
-            if len(kl_weights):
-                with torch.no_grad():  # the AR mode teaches, and is not bent towards the drafts
-                    teacher = self.head(output, teacher_states[None])[0].float().log_softmax(-1)
-                student = logits[:len(teacher)].log_softmax(-1)
-                kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-                losses = losses + F.pad(kl * kl_weights, (0, len(losses) - len(kl)))
-            return losses
+            losses = F.cross_entropy(logits, targets, reduction="none")[:, None] * weights
+            if not len(kl_weights):
+                return F.pad(losses, (0, 1))
+            with torch.no_grad():  # the AR mode teaches, and is not bent towards the drafts
+                teacher = self.head(output, teacher_states[None])[0].float().log_softmax(-1)
+            student = logits[:len(teacher)].log_softmax(-1)
+            kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            kl = F.pad(kl * kl_weights, (0, len(losses) - len(kl)))
+            return torch.cat([losses, kl[:, None]], 1)
 
         with record_function("head"):
             parts = states[rows], targets, weights, states[teacher_rows].detach(), kl_weights
@@ -953,7 +961,7 @@ def window_losses(model, x0, autocast, noise_seed, micro_batch, only=slice(None)
                 weights[windows >= len(x0)] = 0  # padding
             for inputs in forward_passes(part, micro_batch, model, 0.0, always):
                 with autocast:
-                    found = model.loss(**inputs)
+                    found = model.loss(**inputs).sum(1)
                 rows = inputs["rows"] // inputs["ids"].shape[1]
                 total.index_add_(0, (windows[rows] % len(x0)).to(model.device), found)
     return losses
@@ -978,31 +986,11 @@ def evaluate(model, tokenizer, windows, autocast, noise_seed, state):
                   "ar_ppl": math.exp(min(ar_loss, 700))}
 
 
-def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
-    """Evaluate on held-out windows, continue sample_prompt, print and log both."""
-    prompt = encode_prompt(model, tokenizer, sample_prompt, 32)
-    noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
-    model.eval()
-    # flex_attention must be compiled
-    with eagerly(compile_model), model.attention(model.kernel):
-        row = evaluate(model, tokenizer, windows, autocast, noise_seed, state)
-        with autocast:
-            texts, _ = generate(model, [prompt], 32, 32)
-    row["sample"] = tokenizer.decode(texts[0])
-    processes.reshard(model)
-    model.train()
-    if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
-        state["ar_ppl_before"] = row["ar_ppl"]
-    row = row | {"ar_ppl_before": state["ar_ppl_before"]}
-    log_row(row, "eval_nelbo {eval_nelbo:.4f} (se {eval_nelbo_se:.4f})  eval_bpb {eval_bpb:.3f}  "
-            "ar_ppl {ar_ppl:.3f} (before: {ar_ppl_before:.3f})  {sample!r}", stage, state, log)
-
-
 # ----------------------------------------------------------------------------------------------
 # Training. Data, noise and dropout are functions of (seed, stage, step): a resume is exact.
 def train_step(model, training, autocast, stage, x0, state):
-    """One optimizer step on x0 (N, T): (loss, gradient norm, learning rate). If loss or norm is not
-    finite, no weight changes."""
+    """One optimizer step on x0 (N, T): (the losses, a list, gradient norm, learning rate). If loss
+    or norm is not finite, no weight changes."""
     where = seed, state["stage"], state["step"]
     u, noise = sample_noise(*x0.shape, seed_for("noise", *where), model.block_size,
                             full_mask_share)
@@ -1014,16 +1002,17 @@ def train_step(model, training, autocast, stage, x0, state):
     def forward_backward(micro_batch):
         model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory, too
         torch.manual_seed(seed_for("dropout", *where) + processes.RANK)
-        total = torch.zeros((), device=model.device)  # summed there: nothing waits in here
+        total = torch.zeros(3, device=model.device)  # summed there: nothing waits in here
         for inputs in forward_passes(batch, micro_batch, model, stage["distill"], always):
             with autocast:
-                loss = model.loss(**inputs).sum()
+                losses = model.loss(**inputs).sum(0)
             with record_function("backward"):  # before the next pass switches attention
-                training["scaler"].scale(loss * processes.gradient_factor(model)).backward()
-            total += loss.detach()
+                loss = losses.sum() * processes.gradient_factor(model)
+                training["scaler"].scale(loss).backward()
+            total += losses.detach()
         return total
 
-    loss = with_less_memory(forward_backward, state, model, training)
+    losses = with_less_memory(forward_backward, state, model, training)
     with record_function("optimizer"):
         optimizer, scaler = training["optimizer"], training["scaler"]
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1033,16 +1022,16 @@ def train_step(model, training, autocast, stage, x0, state):
         norm = processes.same_norm(model, norm)
         nn.utils.clip_grads_with_norm_(params, max_grad_norm or math.inf, norm)
         norm = processes.gathered_number(norm)
-        loss = processes.total(loss).item()  # here, and only here, it waits for the device
+        losses = processes.total(losses).tolist()  # here, and only here, it waits for the device
         norm = norm.item()
         lr = stage["lr"] * lr_factor(state["step"], stage["steps"], stage["warmup"], lr_schedule)
         set_rate(optimizer, lr)
         torch.manual_seed(seed_for("rounding", *where))  # of weights, the same in every replica
-        if math.isfinite(loss) and math.isfinite(norm):  # as scaler.step() would check
+        if math.isfinite(sum(losses) + norm):  # as scaler.step() would check
             with_less_memory(lambda _: training["optimizer"].step(), state, model, training,
                              halve=False)
         scaler.update()
-    return loss, norm, lr
+    return losses, norm, lr
 
 
 def main(argv):
@@ -1065,11 +1054,11 @@ def main(argv):
     spread = choose_parallel(model, s, state, checkpoint_dir, device, limit_gb)
     if spread != "fsdp":  # else a card may not have room for all of it
         model.to(device)
-    probe_report = probe(model, max_seq_length)
+    probe(model, max_seq_length)
     train_data, val_data, data_report = load_data(tokenizer, s, state)
     stages = make_stages(len(train_data))
     trained = count_trained(model, stages)
-    print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report)
+    print_plan(model, s, stages, trained, train_data, val_data, data_report)
     disk_gb = check_disk(model, out, s, trained["everything"])
     processes.from_rank_0(try_to_save, model, out, s, checkpoint_dir)
     set_up_model(model, s, state["checkpointing"], autocast, device, spread)
@@ -1101,13 +1090,13 @@ def main(argv):
             # ----------------------------------------------------------------------------------
             start = time.perf_counter()
             x0 = windows_of_step(train_data, own_text.get("train"), stage, state)  # (N, T)
-            loss, norm, lr = train_step(model, training, autocast, stage, x0, state)
+            losses, norm, lr = train_step(model, training, autocast, stage, x0, state)
             # ----------------------------------------------------------------------------------
 
             state["step"] += 1
             state["total"] += 1
             state["tokens"] += x0.numel()
-            log_step(loss, norm, lr, time.perf_counter() - start, s, stage, state, log, device)
+            log_step(losses, norm, lr, time.perf_counter() - start, s, stage, state, log, device)
             last = state["step"] == stage["steps"]
             stopping = processes.agree_to_stop(stop)
             if last or stopping or save_steps and state["total"] % save_steps == 0:
@@ -1138,6 +1127,28 @@ def windows_of_step(train_data, own_text, stage, state):
     parts = [(own_text, stage["n_on_policy"]), (train_data, n_data)]
     where = seed, state["stage"], state["step"]
     return torch.cat([get_batch(data, n, *where) for data, n in parts if n])
+
+
+def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
+    """Evaluate on held-out windows, continue sample_prompt, print and log both."""
+    prompt = encode_prompt(model, tokenizer, sample_prompt, 32)
+    noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
+    model.eval()
+    start = time.perf_counter()
+    # flex_attention must be compiled
+    with eagerly(compile_model), model.attention(model.kernel):
+        row = evaluate(model, tokenizer, windows, autocast, noise_seed, state)
+        with autocast:
+            [text], _ = generate(model, [prompt], 32, 32)
+    row["sample"] = tokenizer.decode(text)
+    end = len(prompt) + end_of(text[len(prompt):], end_ids(model.lm, tokenizer))
+    processes.reshard(model)
+    model.train()
+    if state["total"] <= log["pretraining_steps"]:  # no diffusion step yet: the AR model to keep
+        state["ar_ppl_before"] = row["ar_ppl"]
+    row["ar_ppl_before"] = state["ar_ppl_before"]
+    seconds = time.perf_counter() - start
+    log_evaluation(row, tokenizer.decode(text[:end]), seconds, stage, state, log)
 
 
 def count_trained(model, stages):

@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import processes
 from configurator import RunError, UserError, did_you_mean, errors_as, first_line
+from hub import check_hub
 
 BPE_SIZE = 1024  # pieces of a tokenizer that is trained on the data
 SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
@@ -86,10 +87,11 @@ def load_splits(name, config, split, cache):
     local = path.exists() or path.suffix in kinds or name[:1] in (".", "/")
     if local and not path.exists():
         raise UserError(f"dataset_name: there is no '{name}'")
+    if not local:
+        check_hub("dataset_name", name, "dataset")
     import datasets  # slow to import
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if saved or not local:
         with errors_as(f"dataset_name: '{name}' cannot be loaded"):

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerFast
 
 import processes
-from configurator import RunError, UserError, errors_as
+from configurator import RunError, UserError, did_you_mean, errors_as
 from corpus import end_ids
+from hub import check_hub
 
 
 # ----------------------------------------------------------------------------------------------
@@ -43,8 +44,20 @@ def resolve_model(name):
                   "trust_remote_code": False}
 
 
+def check_source(setting, name):
+    """Raise UserError unless a name is a folder, a file, or what the hub or its cache has."""
+    path, where = resolve_model(name)
+    if not where["local_files_only"]:
+        check_hub(setting, name)
+    elif not path.exists():
+        near = did_you_mean(str(path), [str(p) for p in path.parent.glob("*")])
+        raise UserError(f"{setting}: there is no folder or file '{name}'{near}")
+
+
 def load_config(name, config_json="", tokenizer=None):
     """A Hugging Face configuration, without weights; with config_json that one, for a tokenizer."""
+    if not config_json:
+        check_source("model_name", name)
     with errors_as(f"model_config: {config_json!r} cannot be used" if config_json else
                    f"model_name: '{name}' cannot be loaded"):
         if not config_json:
@@ -68,6 +81,8 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
     four_bits: the device of a model in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
     """
     path, where = resolve_model(name)
+    if not config_json or not tokenizer_name:
+        check_source("model_name", name)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
         if four_bits:
             raise UserError(f"load_in_4bit: '{name}' is an adapter, to be merged into its base; "
@@ -113,6 +128,8 @@ def load_hf(name, tokenizer_name, config_json, weights_dtype, revision=None, fou
 
 def load_tokenizer(name, tokenizer_name, where):
     """The tokenizer of load_hf(). where: the arguments of from_pretrained() for the model's own."""
+    if tokenizer_name not in ("", "bytes"):
+        check_source("tokenizer_name", tokenizer_name)
     with errors_as(f"tokenizer_name: '{tokenizer_name}' cannot be loaded" if tokenizer_name else
                    f"model_name: '{name}' cannot be loaded"):
         if tokenizer_name == "bytes":

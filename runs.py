@@ -1,31 +1,28 @@
-"""A run around its training: what is asked for, printed and logged, its state, its checkpoints.
+"""A run around its training: what is asked for, its log file, its state, its checkpoints.
 
 Functions that need settings are given them as s, a namespace of all settings of convert.py.
 """
 import fcntl
 import json
-import math
 import os
 import shutil
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 import processes
-from configurator import RunError, UserError, check_value, errors_as, first_line
-from corpus import left_out
-from machine import memory_gb
+from configurator import UserError, check_value, errors_as, first_line
 from model_files import (
-    checkpoints, is_intact, n_weights, our_tensors, recover, save_folder, whole_tensors)
-from probe import decoder_layers
+    checkpoints, is_intact, our_tensors, recover, save_folder, whole_tensors)
+from terminal import evaluations_due, training_bar
 
 
 # ----------------------------------------------------------------------------------------------
-# What is asked for, printed and logged
+# What is asked for, and the log
 def check_settings(s):
     """Raise UserError for settings that contradict one another."""
     causal, own_text = not s.use_bidirectional_attention, s.on_policy_tokens > 0
@@ -86,40 +83,17 @@ def mistakes_in_memory(s):
     }
 
 
-def print_plan(model, s, stages, trained, probe_report, train_data, val_data, data_report):
-    """Print what is about to run, so that no derived value stays hidden. trained: {what a stage
-    trains: how many parameters these are}."""
-    config = model.lm.config.get_text_config()
-    size = sum(n_weights(p) for p in model.parameters())
-    tokens = s.batch_size * s.gradient_accumulation_steps * s.max_seq_length
-    print(f"model: {config.model_type}, {len(decoder_layers(model.lm))} layers, {size:,} "
-          f"parameters, attention {config._attn_implementation}")
-    print("probe: the last token moves position 0 by {:.0e} if causal, {:.0e} if bidirectional"
-          .format(*probe_report))
-    print(f"data: {len(train_data):,} windows of {s.max_seq_length} tokens, {len(val_data):,} "
-          f"held out; {left_out(data_report)}, "
-          f"{data_report['held_out_share_in_training']:.1%} of held-out text is in training too")
-    print(f"step: {tokens:,} tokens, {max(x['n_on_policy'] for x in stages)} windows on-policy\n")
-    print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}"
-          f"{'tokens':>15}  loss")
-    for stage in stages:
-        if stage["steps"]:
-            n = trained[stage["trains"]]
-            loss = [f"{stage[k]:g} {k}" for k in ("diffusion", "ar", "distill") if stage[k]]
-            print(f"{stage['name']:24}{n:15,}{size - n:15,}{stage['lr']:9.1e}{stage['warmup']:9,}"
-                  f"{stage['steps']:9,}{stage['steps'] * tokens:15,}  {' + '.join(loss)}")
-    print(flush=True)
-
-
 def open_log(out, s, state, stages, limit_gb):
     """The log of a run: its file, locked, the bar, Weights & Biases. UserError if another run has
     the lock."""
     file = open_log_file(out, state) if processes.RANK == 0 else open(os.devnull, "a")
     steps = sum(stage["steps"] for stage in stages)
-    bar = tqdm(total=steps, initial=state["total"], unit="step", disable=None)
     use = s.use_wandb and processes.RANK == 0
-    return {"file": file, "bar": bar, "wandb": start_wandb(s, state) if use else None,
-            "seconds": [], "steps": steps, "pretraining_steps": stages[0]["steps"],
+    return {"file": file, "bar": training_bar(state["total"], steps),
+            "wandb": start_wandb(s, state) if use else None,
+            "steps": steps, "pretraining_steps": stages[0]["steps"],
+            "evaluations": evaluations_due(stages, s.eval_steps),
+            "seconds": [], "last_steps": deque(maxlen=50), "last_evaluations": deque(maxlen=5),
             "limit_gb": limit_gb, "tell_hours": s.device == "auto", "cut": False}
 
 
@@ -162,55 +136,6 @@ def start_wandb(s, state):
         return None
     state["wandb_id"] = run.id
     return run
-
-
-def log_row(row, text, stage, state, log):
-    """Print a row, through the format string text, and add it to training_logs.jsonl."""
-    where = {"stage": stage["name"], "step": state["total"]}
-    tqdm.write(f"stage {stage['name'][0]}  step {state['total']:6}/{log['steps']}  "
-               + text.format(**row))
-    not_finite = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    with errors_as(f"out_dir: cannot write {log['file'].name}", RunError):
-        log["file"].write(json.dumps(where | row | dict.fromkeys(not_finite)) + "\n")  # as null
-        log["file"].flush()
-    if log["wandb"]:
-        log["wandb"].log(where | row, step=state["total"])
-
-
-def log_step(loss, norm, lr, seconds, s, stage, state, log, device):
-    """Count a step, and log a row if one is due. RunError after ten skipped steps in a row."""
-    log["bar"].update()
-    log["seconds"].append(seconds)
-    if math.isfinite(loss) and math.isfinite(norm):
-        state["losses"].append(loss)
-        state["skipped_in_a_row"] = 0
-    else:
-        state["skipped_in_a_row"] += 1
-        state["skipped"] += 1
-        tqdm.write(f"warning: step {state['total']} skipped: loss {loss}, grad_norm {norm}")
-        norm = math.nan
-        if s.debug or state["skipped_in_a_row"] == 10:
-            raise RunError(f"{state['skipped_in_a_row']} steps in a row were not finite; try a "
-                           "lower learning_rate, or dtype bfloat16 or float32")
-    memory = memory_gb(device)[0]
-    if memory > 0.9 * log["limit_gb"]:
-        tqdm.write(f"warning: {memory:.1f} GB in use, more than 90 % of {log['limit_gb']:.1f} "
-                   "(max_memory_gb)")
-        log["limit_gb"] = math.inf  # said once
-    if state["step"] < stage["steps"] and state["total"] % s.log_steps and not s.debug:
-        return
-    losses, mean_seconds = state["losses"], sum(log["seconds"]) / len(log["seconds"])
-    if log.pop("tell_hours", False) and device.type == "cpu":
-        hours = log["steps"] * mean_seconds / 3600
-        tqdm.write(f"device: auto found no GPU; on this CPU the run takes {hours:.2f} hours")
-    tokens_per_s = s.batch_size * s.gradient_accumulation_steps * s.max_seq_length / mean_seconds
-    row = {"loss": math.fsum(losses) / len(losses) if losses else math.nan, "lr": lr,
-           "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": round(tokens_per_s),
-           "memory_gb": round(memory, 2)}
-    left = tqdm.format_interval((log["steps"] - state["total"]) * mean_seconds)
-    log_row(row, "loss {loss:8.4f}  lr {lr:.2e}  norm {grad_norm:7.3f}  {tokens_per_s:8,} tokens/s"
-            "  {memory_gb:5.1f} GB  training left " + left, stage, state, log)
-    state["losses"], log["seconds"] = [], []
 
 
 # ----------------------------------------------------------------------------------------------
@@ -271,7 +196,7 @@ def try_to_save(model, out, s, checkpoint_dir):
 def new_state(s):
     """The state of a run at its start: all that a resume needs beside weights, optimizer and
     scaler."""
-    return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "losses": [], "skipped_in_a_row": 0,
+    return {"stage": 0, "step": 0, "total": 0, "tokens": 0, "loss_parts": [], "skipped_in_a_row": 0,
             "micro_batch": s.batch_size, "eval_micro_batch": s.batch_size, "sharded": False,
             "checkpointing": s.use_gradient_checkpointing, "adam_8bit": s.use_8bit_adam,
             "ar_ppl_before": None, "log_bytes": 0, "wandb_id": "", "data": 0, "skipped": 0,

@@ -132,7 +132,7 @@ def test_a_signal_to_torchrun_saves_a_checkpoint_on_all_ranks(run):
     steps = "--max_steps=500 --save_steps=500 --batch_size=2 --gradient_accumulation_steps=2"
     started = subprocess.Popen(command(steps, 2), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
-    while "step      1/500" not in started.stdout.readline():
+    while "  1/500" not in started.stdout.readline():
         pass
     started.send_signal(signal.SIGTERM)
     printed = started.communicate(timeout=60)[0]
