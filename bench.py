@@ -8,7 +8,8 @@
   python bench.py config/tiny.py --sweep=batch_size=1,2,4,max_seq_length=128,256
   python bench.py config/tiny.py --profile=trace.json   # the ten most expensive operators
 
-Every setting of convert.py works here too. The last line on stdout is JSON, for a sweep a list.
+Every setting of convert.py works here too. With --json alone stdout is one JSON object, for a sweep
+a list; --json=FILE adds each row to a file.
 """
 import contextlib
 import copy
@@ -78,7 +79,7 @@ sample_steps = 64  # passes that set tokens; steps in sample.py
 threshold = 0.0  # same as in sample.py
 repeats = 3  # timed samplings
 # output
-json = ""  # add the row to this file
+json = ""  # add the row to this file; --json alone: print it on stdout, and nothing else
 
 allowed = convert.allowed | {
     "stage": (0, 3), "steps": (1, 10**4), "repeats": (1, 10**3), "new_tokens": (1, 10**5),
@@ -356,6 +357,8 @@ def start_process(settings):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     use(settings)
+    if json == "-":
+        sys.stdout = sys.stderr
 
 
 def answer(prepare, what):
@@ -811,27 +814,45 @@ def print_row(row):
             print(f"  {name:30}{value}")
 
 
-def show_sweep(rows):
+def what_differs(titles):
+    """(What all cells of a sweep share, the names of cells by what they do not share)."""
+    cells = [title.split(", ") for title in titles]
+    shared = [part for part in cells[0] if all(part in cell for cell in cells)]
+    if len(cells) == 1:
+        shared = []
+    return ", ".join(shared), [", ".join(x for x in cell if x not in shared) for cell in cells]
+
+
+def show_sweep(name, titles, rows):
     """Print a table of what a sweep found, a line a row, and draw it, as bench.png."""
-    names = [row["name"] for row in rows]
+    shared, names = what_differs(titles)
     table = {
         "training, tokens/s": [row.get("tokens_per_s", 0) for row in rows],
         "memory, GB": [row.get("peak_memory_gb") or row.get("estimate_gb", {}).get("total", 0)
                        for row in rows],
         "sampling, tokens/s": [row.get("sample_tokens_per_s", 0) for row in rows]}
+    table = {title: figures for title, figures in table.items() if any(figures)}
     width = max(map(len, names))
     print(" " * width, *(f"{title:>20}" for title in table))
-    for row, *figures in zip(rows, *table.values(), strict=True):
+    for label, row, *figures in zip(names, rows, *table.values(), strict=True):
         cells = [f"{short(x) if x else '':>20}" for x in figures]
-        print(f"{row['name']:{width}}", *cells, row.get("error", ""))
+        print(f"{label:{width}}", *cells, row.get("error", ""))
+    if table:
+        draw_sweep(f"{name}: {shared}" if shared else name, names, table)
+
+
+def draw_sweep(title, names, table):
+    """Draw {what is measured: a figure for each name} as bars, a panel each."""
     try:
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(15, 1.5 + 0.3 * len(rows)), layout="constrained")
-        axes = figure.subplots(1, len(table), sharey=True)
-        for axis, (title, figures) in zip(axes, table.items(), strict=True):
+        size = 1.5 + 0.06 * max(map(len, names)) + 4 * len(table), 1.2 + 0.32 * len(names)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title)
+        axes = figure.subplots(1, len(table), sharey=True, squeeze=False)[0]
+        for axis, (measured, figures) in zip(axes, table.items(), strict=True):
             bars = axis.barh(names, figures)
             axis.bar_label(bars, [short(x) if x else "" for x in figures], padding=3)
-            axis.set_title(title)
+            axis.set_title(measured)
             axis.margins(x=0.2)
         axes[0].invert_yaxis()
         figure.savefig("bench.png", dpi=110)
@@ -842,19 +863,31 @@ def show_sweep(rows):
 
 def main(argv):
     settings = all_settings()
+    argv = ["--json=-" if arg == "--json" else arg for arg in argv]
     config_files = configure(settings, argv, allowed)
     use(settings)
     if not (train or sampling or estimate):
         raise UserError("train, sampling: one of them, or --estimate")
     for name, path in {"json": json, "profile": profile}.items():
-        if path:  # before the work
+        if path and path != "-":  # before the work
             with errors_as(f"{name}: '{path}' cannot be written"):
                 if Path(path).exists() and not Path(path).is_file():
                     raise ValueError("it is not a file")
                 open(path, "a").close()
     name = " + ".join(Path(file).stem for file in config_files) or convert.model_name
+    cells = parse_sweep(settings)
+    with contextlib.redirect_stdout(sys.stderr if json == "-" else sys.stdout):
+        rows = measure_cells(name, cells)
+        if sweep:
+            show_sweep(name, [title for title, _ in cells], rows)
+    if json == "-":
+        print(dumps(rows if sweep else rows[0]))
+
+
+def measure_cells(name, cells):
+    """The rows of cells [(title, settings)], each printed, and added to the file json."""
     rows = []
-    for title, cell in parse_sweep(settings):
+    for title, cell in cells:
         use(cell)
         print(f"-- {title or name}", flush=True)
         try:
@@ -870,13 +903,10 @@ def main(argv):
             "command": shlex.join(["python", *sys.argv]), **row, "dtype": cell["dtype"],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                          "python": platform.python_version()}, "settings": cell})
-        if json:
+        if json and json != "-":
             with open(json, "a") as file:
                 file.write(dumps(rows[-1]) + "\n")
-    if not sweep:
-        return print(dumps(rows[0]))
-    show_sweep(rows)
-    print(dumps(rows))
+    return rows
 
 
 if __name__ == "__main__":

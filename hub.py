@@ -1,5 +1,5 @@
-"""The Hugging Face hub: whether it has what a name says, asked once and within seconds, so that a
-machine without network is told in one line and not after minutes of retries."""
+"""The Hugging Face hub: whether it has what a name says, asked once and within seconds, so that
+a machine without network is told in one line and not after minutes of retries."""
 import functools
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from configurator import UserError, did_you_mean, first_line
 
 @functools.cache
 def ask_hub(name, kind):
-    """(Whether the hub has a model or data set of this name, or None, why it did not answer)."""
+    """(Whether the hub has a model or dataset of this name, or None; why it did not answer)."""
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set"
     ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
@@ -23,9 +23,9 @@ def ask_hub(name, kind):
         return True, ""
     except (RepositoryNotFoundError, HFValidationError):
         return False, ""
-    except HfHubHTTPError:
-        return True, ""  # it is there, and what it refuses is told where it is loaded
-    except (HTTPError, OSError, ValueError) as error:  # ValueError: a login page answers instead
+    except HfHubHTTPError:  # it is there, and what it refuses is told where it is loaded
+        return True, ""
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a login page answers
         return None, first_line(error)
     return True, ""
 
@@ -40,20 +40,20 @@ def is_cached(name, kind):
 
 
 def check_hub(setting, name, kind="model"):
-    """Raise UserError if a name is nothing that can be loaded: not on the hub, or not in the cache
-    while the hub does not answer. Then libraries are told not to ask it either."""
+    """Raise UserError for a name that neither the hub has, nor its cache while the hub does not
+    answer. In that case libraries are told not to ask it either."""
     there, why = ask_hub(name, kind)
-    what = "model" if kind == "model" else "data set"
     near = did_you_mean(name, [str(p) for p in Path(name).parent.glob("*")])
     if there is False:
-        raise UserError(f"{setting}: there is no folder and no hub {what} '{name}'{near}; for a "
-                        "private one, hf auth login first")
+        raise UserError(f"{setting}: there is no folder and no {kind} on the hub '{name}'{near}; "
+                        "for a private one: hf auth login")
     if there is None:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for what is not imported yet
         if not is_cached(name, kind):
-            offline = "" if kind == "model" else ", or --dataset_name=pydoc, which is built in"
-            raise UserError(
-                f"{setting}: '{name}' is no folder here{near} and not in the hub's cache, and the "
-                f"hub does not answer: {why}; connect, or take a folder, as "
-                f"--{setting}=./folder{offline}")
+            instead = f"--{setting}=./folder"
+            if kind == "dataset":
+                instead += " or --dataset_name=pydoc, which is built in"
+            raise UserError(f"{setting}: '{name}' is no folder here{near} and not in the hub's "
+                            f"cache, and the hub does not answer: {why}; connect, or take "
+                            f"{instead}")
