@@ -30,7 +30,7 @@ from report import text_after, text_with_masks, write_trace
 
 # --------------------------------------------------------------------------------------------------
 # text
-prompt = "The statement "  # kept; "": the start of a document; [MASK:12]: a hole of 12 tokens
+prompt = "The statement "  # kept; "": start of a document; [MASK:12], [MASK]: a hole of 12, of 1
 prompts = ""  # a file of prompts instead, one a line; -: standard input
 chat = False  # each prompt is what a user says, through the tokenizer's chat template
 num_samples = 1  # of each prompt, all in one batch
@@ -77,7 +77,7 @@ allowed = dict.fromkeys((
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
 }
-HOLE = r"\[MASK:(\d{1,6})\]"  # in a prompt: so many masks
+HOLE = r"\[MASK(?::(\d{1,6}))?\]"  # in a prompt: so many masks, or one
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def encode(model, tokenizer, text):
             ids = ids + tokenizer.encode(part, add_special_tokens=False)
             continue
         ids = ids or [tokenizer.eos_token_id or 0]  # something must stand before the first token
-        holes.append(slice(len(ids), len(ids) + int(part)))
-        ids += [model.mask_id] * int(part)
+        holes.append(slice(len(ids), len(ids) + int(part or 1)))
+        ids += [model.mask_id] * int(part or 1)
     if len(ids) > model.max_positions:
         raise UserError(f"prompt: {len(ids)} tokens, the model has {model.max_positions} positions")
     return ids, holes
@@ -350,6 +350,7 @@ def main(argv):
         if watch:
             text = text_with_masks(tokenizer, frames[-1][0], model.mask_id)
             print(f"\x1b[H\x1b[J{text}", flush=True)
+            time.sleep(min(0.15, 4 / steps))  # slow enough to see
 
     ends = end_ids(model.lm, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -358,6 +359,7 @@ def main(argv):
                                show if watch or trace else None)
     if watch:
         print("\x1b[H\x1b[J", end="")
+        del figures["seconds"], figures["tokens_per_s"]  # with the pauses
     if trace:
         write_trace(trace, frames, tokenizer, model.mask_id)
     for i, (ids, holes) in enumerate(encoded):
