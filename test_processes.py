@@ -59,7 +59,8 @@ def check_same_run(one, other, tolerance=1e-5):
     """Two runs logged the same figures, and end with the same weights."""
     for a, b in zip(rows_of(one), rows_of(other), strict=True):
         assert a.keys() == b.keys() and a.get("tokens") == b.get("tokens")
-        for name in ("loss", "grad_norm", "eval_nelbo", "eval_nelbo_sampler", "ar_ppl"):
+        for name in ("loss", "loss_diffusion", "loss_ar", "loss_distill", "grad_norm", "eval_nelbo",
+                     "eval_nelbo_sampler", "ar_ppl"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=tolerance), name
     x, y = tensors(one), tensors(other)
     assert x.keys() == y.keys()
