@@ -1,7 +1,7 @@
 """On-policy text: what the AR model itself writes after prompts from the data, to train on. A file
 in the folder of the run keeps it until a checkpoint does."""
 import functools
-import sys
+import time
 import zlib
 
 import numpy as np
@@ -41,14 +41,14 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, s, stop, with_less
 
     model.eval()
     with (eagerly(s.compile_model), pick_autocast(model.device, s.dtype),
-          processes.unsharded(model), model.original_model() as lm, tqdm(
-              total=tokens or None, desc="on-policy text", unit="tok",
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar):
+          processes.unsharded(model), model.original_model() as lm,
+          tqdm(total=tokens or None, desc="on-policy text", unit="tok", disable=None) as bar):
         key = s.model_name, zlib.crc32(windows), model.block_size, model.mask_embedding.tolist()
         path = out / f"on_policy_{seed_for(*key):x}.bin"
         done = processes.from_rank_0(read_windows, path, T)
-        bar.update(int((done >= 0).sum()))
-        while (bar.n < tokens or not tokens) and len(done) < len(windows):
+        n, told = int((done >= 0).sum()), time.monotonic()  # tokens so far; when it was said
+        bar.update(n)
+        while (n < tokens or not tokens) and len(done) < len(windows):
             # each process writes one batch of 32, and they are taken in order
             start = len(done) + 32 * processes.RANK
             batch = windows[start:start + 32]
@@ -57,15 +57,19 @@ def on_policy_windows(model, tokenizer, windows, tokens, out, s, stop, with_less
             else:
                 new = write(lm, batch)
             for part in processes.all_gathered(new):
-                if bar.n < tokens or not tokens:
+                if n < tokens or not tokens:
                     processes.from_rank_0(append_windows, path, part)
                     done = np.concatenate([done, part])
+                    n += int((part >= 0).sum())
                     bar.update(int((part >= 0).sum()))
+            if bar.disable and time.monotonic() > told + 60:  # in a log, which has no bar
+                print(f"on-policy text: {n:,} tokens in {len(done):,} of {len(windows):,} windows")
+                told = time.monotonic()
             stopping = processes.agree_to_stop(stop)
             if stopping:
                 leave(stopping)
-    if bar.n < tokens:
-        print(f"on_policy_tokens: {bar.n:,} tokens, as there are no more prompts")
+    if n < tokens:
+        print(f"on_policy_tokens: {n:,} tokens, as there are no more prompts")
     model.train()
     return done
 

@@ -2514,8 +2514,9 @@ def test_dry_run_tells_the_cost_and_leaves_out_dir_alone(convert_main):
 # ----------------------------------------------------------------------------------------------
 # README and pages
 PAGES = [HERE / "README.md", *sorted((HERE / "assets").glob("*.md"))]
-FIELDS = {*evaluation.FIGURES, "eval_nelbo_sampler", "ar_ppl_before", "token_ids",
-          "tokens_per_forward", "tokens_per_s", "ar_tokens_per_s"}  # of logs and --json
+FIELDS = {*evaluation.FIGURES, "eval_nelbo_sampler", "ar_ppl_before", "token_ids", "grad_norm",
+          "tokens_per_forward", "tokens_per_s", "ar_tokens_per_s", "memory_gb", "loss_diffusion",
+          "loss_ar", "loss_distill"}  # of logs and --json
 
 
 def quoted(path, name):
