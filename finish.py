@@ -1,7 +1,7 @@
 """The end of a run: what the conversion changed, shown on held-out text.
 
-convert.main() calls finish() once final/ is saved. The figures are also kept in out_dir/result.json,
-from which report.py takes them.
+convert.main() calls finish() once final/ is saved. The figures are also kept in
+out_dir/result.json, from which report.py takes them.
 """
 import json
 import random
@@ -20,6 +20,7 @@ from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
 from machine import eagerly
 from report import report_on_run, text_after
 from sample import decode_verified
+from terminal import duration
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
@@ -160,18 +161,17 @@ def figures_of_log(path):
         if row.get("tokens_per_s"):
             seconds += (row["tokens"] - tokens) / row["tokens_per_s"]
             tokens = row["tokens"]
-    last = evaluations[-1]
+    first, last = (converting or evaluations)[0], evaluations[-1]
     return {"minutes": seconds / 60, "tokens": tokens, "ar_ppl_before": last["ar_ppl_before"],
-            "ar_ppl": last["ar_ppl"], "eval_nelbo_first": (converting or evaluations)[0]["eval_nelbo"],
+            "ar_ppl": last["ar_ppl"], "eval_nelbo_first": first["eval_nelbo"],
             "eval_nelbo": last["eval_nelbo"], "eval_nelbo_se": last["eval_nelbo_se"]}
 
 
 def screen(result, out, s):
     """The text of the end screen."""
     rule = "-" * 80
-    took = tqdm.format_interval(60 * result["minutes"])
-    lines = ["", rule, f"done: {out}/final, after {took} of training on {result['tokens']:,} tokens",
-             "",
+    took = duration(60 * result["minutes"])
+    lines = ["", rule, f"done: {out}/final", f"{took} of training, {result['tokens']:,} tokens", "",
              f"{'':34}{'before':>10}{'after':>10}"]
     if result["ar_ppl_before"]:
         lines.append(f"{'AR model, perplexity':34}{result['ar_ppl_before']:10.3f}"
@@ -195,9 +195,11 @@ def screen(result, out, s):
     if "holes_right" in result:
         lines.append(percent("holes filled rightly", result["holes_right"]))
     if "verify" in result:
-        lines += ["", "verified decoding: {tokens_per_forward:.2f} tokens a pass, {speed_over_ar:.2f} "
-                  "times the speed of plain AR decoding,".format(**result["verify"]),
-                  "    {equal} of {texts} texts the same as its own".format(**result["verify"])]
+        verify = result["verify"]
+        lines += ["", "verified decoding, beside plain AR decoding:",
+                  f"    {verify['equal']} of {verify['texts']} texts are the same",
+                  f"    {verify['tokens_per_forward']:.2f} tokens a forward pass, "
+                  f"{verify['speed_over_ar']:.2f} times the speed"]
     flag = f"--out_dir={out}"
     next_one = f'python sample.py {flag} --prompt="{s.sample_prompt}" --watch'
     if s.block_size:

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 300
+STEPS = 200
 COMMON = ("--log_steps=100 --eval_steps=1000000 --save_steps=0 --keep_checkpoints=1 "
-          "--eval_samples=192").split()
+          "--eval_samples=128").split()
 CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.3 "
            "--stage2_epochs=2.4 --stage3_epochs=0.3").split()
 BLOCK = "--stage3_epochs=0 --stage2_epochs=2.7 --on_policy_tokens=0".split()
@@ -27,8 +27,8 @@ BLOCK = "--stage3_epochs=0 --stage2_epochs=2.7 --on_policy_tokens=0".split()
 WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
 ROWS = {
     "whole sequence": (WHOLE, ""),
-    "whole sequence, from scratch": (WHOLE, "SCRATCH --max_steps=300"),
-    "whole sequence, from scratch, twice the steps": (WHOLE, "SCRATCH --max_steps=600"),
+    "whole sequence, from scratch": (WHOLE, "SCRATCH"),
+    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=500"),
     "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
     "whole sequence, one stage with AR loss":
         (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
@@ -43,7 +43,7 @@ ROWS = {
     "blocks of 8": (BLOCKS, "--block_size=8"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
     "blocks of 2, 4, 8, 16 in turn":
-        (BLOCKS, *(f"--block_size={size} --max_steps=75" for size in (2, 4, 8, 16))),
+        (BLOCKS, *(f"--block_size={size} --max_steps=50" for size in (2, 4, 8, 16))),
     "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
     "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
     "blocks of 4, all fully masked": (BLOCKS, "--full_mask_share=1"),
@@ -82,8 +82,9 @@ def run_row(name, seed, out):
         if config == BLOCKS:
             start += BLOCK
         if "SCRATCH" in flags:
-            flags = flags.replace("SCRATCH", "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0")
-            start = ["--stage0_epochs=0"]
+            flags = flags.replace("SCRATCH", "--stage0_epochs=0 --stage1_epochs=0 "
+                                  "--stage2_epochs=3 --stage3_epochs=0")
+            start = []
         folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
         if not (folder / "result.json").exists():  # killed, perhaps while it measured
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,9 +2,10 @@
 
   python assets/world.py 1000000 > stories.txt  # about a megabyte of stories, one a line
 
-Somebody has something and puts it somewhere. There it is found, or asked for, and given away. One function, next_sentences(), says what may come next: stories are drawn from it, and
-a sentence is right if it is among what may stand there. So a model's text can be judged word by
-word, and of a hole in a story it is known what fits, given what comes before and after.
+Somebody has something and puts it somewhere. There it is found, or asked for, and given away. One
+function, next_sentences(), says what may come next: stories are drawn from it, and a sentence is
+right if it is among what may stand there. So a model's text can be judged sentence by sentence, and
+it is known which words fit a hole in a story, given what comes before and after.
 """
 import functools
 import random
