@@ -115,10 +115,12 @@ def measure(model, tokenizer, val_data, s):
     """Figures and examples on held-out text: {samples, hole, accepted, holes_right, verify}, as far
     as they apply."""
     texts, is_world = held_out(tokenizer, val_data, s), s.dataset_name == "world"
-    n_new = min(64 if is_world else 32, max(1, s.max_seq_length // 2 - 8))
     starts = [text[:text.find(".") + 1] if is_world else text[:len(text) // 3] for text in texts]
     prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 3 or 1]
                for start in starts]
+    n_new = max(1, min(32, s.max_seq_length // 2 - 8))
+    if is_world:  # a story fills a window
+        n_new = s.max_seq_length - max(map(len, prompts))
     ar_texts, verify = race(model, tokenizer, prompts, n_new)
     written = write_all(model, tokenizer, prompts, n_new)
     both = [[text_after(tokenizer, new, ids) for new, ids in zip(side, prompts, strict=True)]

@@ -98,7 +98,7 @@ def unmasking(model, tokenizer, prompt, autocast):
         frames.append((ids[0].tolist(), confidence[0].tolist()))
 
     model.eval()
-    with convert.eagerly(), model.attention(model.kernel), autocast:
+    with convert.eagerly(convert.compile_model), model.attention(model.kernel), autocast:
         convert.generate(model, [ids], new, 32, watch=show)
     processes.reshard(model)
     return trace_page([(ids + [model.mask_id] * new, []), *frames], tokenizer, model.mask_id)

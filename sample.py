@@ -30,7 +30,7 @@ from report import text_after, text_with_masks, write_trace
 
 # --------------------------------------------------------------------------------------------------
 # text
-prompt = "The statement "  # kept; "": start of a document; [MASK:12], [MASK]: a hole of 12, of 1
+prompt = ""  # kept; "": start of a document; [MASK:12], [MASK]: a hole of 12, of 1
 prompts = ""  # a file of prompts instead, one a line; -: standard input
 chat = False  # each prompt is what a user says, through the tokenizer's chat template
 num_samples = 1  # of each prompt, all in one batch

@@ -21,8 +21,8 @@ world = corpus.world()
 def test_the_parser_accepts_what_the_world_writes_and_no_story_with_a_word_exchanged():
     rng = random.Random(0)
     words = {word for story in world.write_stories(50_000) for word in re.findall(r"\w+", story)}
-    for story in world.write_stories(10_000, seed=5):
-        assert all(world.judge(story)) and len(world.judge(story)) == 9
+    for story in world.write_stories(2_500, seed=5):
+        assert all(world.judge(story)) and len(world.judge(story)) == 10
         sentences = story.split(". ")
         assert not all(world.judge(". ".join(sentences[1:]))), "the start is missing"
         cut = rng.choice(list(re.finditer(r"\w+", story[len(sentences[0]) + 2:])))
@@ -34,17 +34,19 @@ def test_the_parser_accepts_what_the_world_writes_and_no_story_with_a_word_excha
 
 
 def test_agreement_reference_and_places_are_judged():
-    story = "Mia has two red balls. She puts them in the box. Tom asks Mia where the balls are."
+    story = "Today Mia has two red balls. She puts them in the box. Tom asks Mia where they are."
     assert world.judge(f"{story} They are in the box.") == [True] * 4
     for wrong in ("It is in the box.", "They are in the bag.", "They is in the box."):
         assert world.judge(f"{story} {wrong}") == [True, True, True, False]
-    assert world.judge("Mia has two red ball.") == [False]
-    assert world.judge("Tom has a cup.") == [False], "the colour is missing"
+    assert world.judge("Today Mia has two red ball.") == [False]
+    assert world.judge("Today Tom has a cup.") == [False], "the colour is missing"
     assert world.judge(story + " They are in") == [True] * 3, "no whole sentence"
+    wrong = "Today Mia has two red balls. She puts it in the box. Tom asks Mia where they are."
+    assert world.judge(wrong) == [True, False, True], "behind a mistake the story goes on"
 
 
 def test_a_hole_is_decided_by_what_stands_to_its_right_alone():
-    stories = world.write_stories(5_000, seed=7)
+    stories = world.write_stories(2_500, seed=7)
     holes = [hole for story in stories for hole in world.holes(story)]
     assert len(holes) > 3 * len(stories)
     names = {name for name in world.PEOPLE}
@@ -59,7 +61,7 @@ def test_a_hole_is_decided_by_what_stands_to_its_right_alone():
 def test_held_out_stories_are_not_in_the_training_text():
     found = corpus.read_corpus("world", "", "train", "text", "")
     assert not set(found["train"]) & set(found["held"])
-    assert len(found["held"]) > 200 and sum(map(len, found["train"])) > 900_000
+    assert len(found["held"]) > 128 and sum(map(len, found["train"])) > 900_000
 
 
 def test_a_bpe_tokenizer_is_trained_once_and_gives_each_word_a_piece(tmp_path):
@@ -111,7 +113,7 @@ def test_texts_and_holes_are_those_of_hugging_face_and_of_a_loop_by_hand(run_dir
     model, tokenizer = load_model(run_dir / "final", torch.device("cpu"))
     model.eval()
     lm = AutoModelForCausalLM.from_pretrained(run_dir / "final").eval()
-    prompts = [tokenizer.encode(text) for text in ("Mia has two red balls.", "Tom has")]
+    prompts = [tokenizer.encode(text) for text in ("Today Mia has two red balls.", "Today Tom has")]
     texts, figures = finish.race(model, tokenizer, prompts, 12)
     assert figures == {}
     for ids, new in zip(prompts, texts, strict=True):

@@ -1,6 +1,6 @@
 """What each choice of the recipe is worth: the world of config/tiny.py, equal tokens, three seeds.
 
-  python assets/recipe.py assets/recipe.jsonl    # two hours of one CPU core and a half
+  python assets/recipe.py assets/recipe.jsonl    # about two hours of one CPU core
   python assets/recipe.py my.jsonl --seeds=1 --jobs=4 --only=schedule
 
 For each seed an AR model is trained, and converted once for each choice, in STEPS steps. A row is
@@ -16,25 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 200
-COMMON = ("--log_steps=100 --eval_steps=1000000 --save_steps=0 --keep_checkpoints=1 "
+STEPS = 150
+COMMON = ("--log_steps=50 --eval_steps=1000000 --save_steps=0 --keep_checkpoints=1 "
           "--eval_samples=128").split()
-CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.3 "
-           "--stage2_epochs=2.4 --stage3_epochs=0.3").split()
-BLOCK = "--stage3_epochs=0 --stage2_epochs=2.7 --on_policy_tokens=0".split()
+CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.15 "
+           "--stage2_epochs=1.1 --stage3_epochs=0.25").split()  # epochs share out the steps
+PLAIN = "--noise_schedule=cosine --lm_loss_stages=3 --lm_loss_weight=0.5".split()  # the defaults
+BLOCK = "--stage3_epochs=0 --stage2_epochs=1.35 --on_policy_tokens=0".split()
 
 # name of the choice: (config file, flags of one run, or of several that go on from one another)
 WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
 ROWS = {
     "whole sequence": (WHOLE, ""),
     "whole sequence, from scratch": (WHOLE, "SCRATCH"),
-    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=500"),
+    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=400"),
     "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
     "whole sequence, one stage with AR loss":
         (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
     "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
     "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
-    "whole sequence, lm_loss_weight 1": (WHOLE, "--lm_loss_weight=1"),
     "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
     "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
     "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
@@ -43,12 +43,11 @@ ROWS = {
     "blocks of 8": (BLOCKS, "--block_size=8"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
     "blocks of 2, 4, 8, 16 in turn":
-        (BLOCKS, *(f"--block_size={size} --max_steps=50" for size in (2, 4, 8, 16))),
+        (BLOCKS, *(f"--block_size={size} --max_steps={STEPS // 4}" for size in (2, 4, 8, 16))),
     "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
     "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
     "blocks of 4, all fully masked": (BLOCKS, "--full_mask_share=1"),
     "blocks of 4, time embedding": (BLOCKS, "--use_time_embedding"),
-    "blocks of 4, three stages": (BLOCKS, "--stage2_epochs=2.4 --stage3_epochs=0.3"),
     "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=100000"),
     "blocks of 4, adapters": (BLOCKS, "--use_lora"),
     "blocks of 4, adapters, own text alone":
@@ -68,7 +67,7 @@ def ar_model(seed, out):
     """The folder of the AR model of a seed, trained if it is not there."""
     folder = out / f"ar_{seed}"
     if not (folder / "final").exists():
-        convert(ROOT / WHOLE, *COMMON, "--max_steps=300", "--stage1_epochs=0", "--stage2_epochs=0",
+        convert(ROOT / WHOLE, *COMMON, "--max_steps=250", "--stage1_epochs=0", "--stage2_epochs=0",
                 "--stage3_epochs=0", f"--seed={seed}", f"--out_dir={folder}", "--resume")
     return folder / "final"
 
@@ -79,12 +78,11 @@ def run_row(name, seed, out):
     model = ar_model(seed, out)
     for number, flags in enumerate(runs):
         start = [f"--model_name={model}", *CONVERT]
-        if config == BLOCKS:
-            start += BLOCK
+        start += BLOCK if config == BLOCKS else PLAIN
         if "SCRATCH" in flags:
             flags = flags.replace("SCRATCH", "--stage0_epochs=0 --stage1_epochs=0 "
                                   "--stage2_epochs=3 --stage3_epochs=0")
-            start = []
+            start = PLAIN
         folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
         if not (folder / "result.json").exists():  # killed, perhaps while it measured
             shutil.rmtree(folder, ignore_errors=True)

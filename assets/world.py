@@ -35,19 +35,21 @@ def next_sentences(state):
     """
     owner, other, number, colour, thing, place, last = state
     if last == "start":
-        return {f"{person} has {number} {colour} {noun(number, thing)}.":
+        return {f"Today {person} has {number} {colour} {noun(number, thing)}.":
                 (person, "", number, colour, thing, "", "first has")
                 for person in PEOPLE for number in NUMBERS for colour in COLOURS
                 for thing in THINGS}
+    if last == "end":
+        return {}
     what, (_, them, they_are) = noun(number, thing), NUMBERS[number]
     they, are = they_are.split()
     she, her = PEOPLE[owner]
-    others = [other] if other else [person for person in PEOPLE if person != owner]
+    others = [other] if other else [person for person in PEOPLE if PEOPLE[person] != (she, her)]
     turn, _, last = last.partition(" ")
     if last == "has":
         return {f"{she} puts {them} in the {new}.":
                 (owner, other, number, colour, thing, new, f"{turn} put")
-                for new in PLACES if new != place}
+                for new in PLACES}
     if last == "put":
         asks = {f"{person} asks {owner} where {they.lower()} {are}.":
                 (owner, person, number, colour, thing, place, f"{turn} asked")
@@ -62,7 +64,7 @@ def next_sentences(state):
                 (person, owner, number, colour, thing, place, "first given") for person in others}
     if last == "given":
         return {f"Now {owner} has {number} {colour} {what}.": (*state[:-1], "second has")}
-    return {}
+    return {"The end.": (*state[:-1], "end")}
 
 
 def write_story(rng):

@@ -16,9 +16,9 @@ use_time_embedding = False  # the model sees how much of a block is masked
 on_policy_tokens = 200000  # at decoding time the model drafts its own text; generated after stage 0
 on_policy_share = 0.25  # on its own text alone, the AR model would forget
 
-# 16 windows x 128 tokens = 2,048 tokens a step, 800 steps: AR 300, attention 50, diffusion 450
-max_steps = 800
-stage0_epochs = 3.0
+# 32 windows x 64 tokens = 2,048 tokens a step, 750 steps: AR 250, attention 50, diffusion 450
+max_steps = 750
+stage0_epochs = 2.5
 stage1_epochs = 0.5
 stage2_epochs = 4.5
 stage3_epochs = 0.0  # every stage has the AR loss, so there is nothing to recover
