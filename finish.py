@@ -6,6 +6,7 @@ out_dir/result.json, from which report.py takes them.
 import json
 import random
 import re
+import shlex
 import signal
 import textwrap
 import time
@@ -202,11 +203,11 @@ def screen(result, out, s):
                   f"    {verify['equal']} of {verify['texts']} texts are the same",
                   f"    {verify['tokens_per_forward']:.2f} tokens a forward pass, "
                   f"{verify['speed_over_ar']:.2f} times the speed"]
-    flag = f"--out_dir={out}"
-    next_one = f'python sample.py {flag} --prompt="{s.sample_prompt}" --watch'
+    flag = f"--out_dir={shlex.quote(str(out))}"
+    next_one = f"python sample.py {flag} --prompt={shlex.quote(s.sample_prompt)} --watch"
     if s.block_size:
         next_one = f"python sample.py {flag} --verify --compare"
-    return "\n".join([*lines, "", f"report: {out}/report.html", "next:", f"    {next_one}",
+    return "\n".join([*lines, "", "next:", f"    {next_one}",
                       f"    python sample.py {flag} --evaluate=my_text.txt", rule])
 
 
