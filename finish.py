@@ -170,8 +170,8 @@ def figures_of_log(path):
             "eval_nelbo": last["eval_nelbo"], "eval_nelbo_se": last["eval_nelbo_se"]}
 
 
-def screen(result, out, s):
-    """The text of the end screen."""
+def screen(result, out, s, room):
+    """The text of the end screen. room: how many tokens of a window sample_prompt leaves."""
     rule = "-" * 80
     took = duration(60 * result["minutes"])
     lines = ["", rule, f"done: {out}/final", f"{took} of training, {result['tokens']:,} tokens", "",
@@ -205,6 +205,8 @@ def screen(result, out, s):
                   f"{verify['speed_over_ar']:.2f} times the speed"]
     flag = f"--out_dir={shlex.quote(str(out))}"
     next_one = f"python sample.py {flag} --prompt={shlex.quote(s.sample_prompt)} --watch"
+    if room < 64:  # what sample.py writes
+        next_one += f" --max_new_tokens={max(1, room)}"
     if s.block_size:
         next_one = f"python sample.py {flag} --verify --compare"
     return "\n".join([*lines, "", "next:", f"    {next_one}",
@@ -235,7 +237,8 @@ def show(model, tokenizer, val_data, autocast, out, s):
         print("out of memory: no examples are shown")
     with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(screen(result, out, s))
+    room = s.max_seq_length - len(encode_prompt(model, tokenizer, s.sample_prompt, 0))
+    print(screen(result, out, s, room))
 
 
 def finish(model, tokenizer, val_data, autocast, out, s):

@@ -182,6 +182,13 @@ def folder_to_read(out_dir, checkpoint):
                     "config/tiny.py makes one")
 
 
+def hole_in(tokenizer):
+    """The pattern of a hole in a prompt. Most tokenizers join a space to the word after it: then
+    the space before a hole belongs to what fills it, as a token of a space alone is rare."""
+    first, inside = (tokenizer.encode(x, add_special_tokens=False) for x in ("a", " a"))
+    return " ?" + HOLE if len(first) == len(inside) else HOLE
+
+
 def encode(model, tokenizer, text):
     """(ids of a prompt with the masks in it and behind it, where these are: slices)."""
     if chat:
@@ -190,7 +197,7 @@ def encode(model, tokenizer, text):
         with errors_as("chat: the chat template cannot write this"):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    parts = re.split(HOLE, text)
+    parts = re.split(hole_in(tokenizer), text)
     if len(parts) == 1:
         beyond = 2 * drafts + 2 if verify else 0  # where masks stand
         start = [] if chat else None  # a chat template writes BOS itself
@@ -292,7 +299,8 @@ def print_sample(tokenizer, text, ids, holes, row, ends, figures):
     """Print one sample, as text or as JSON."""
     parts = [row[hole] for hole in holes]
     token_ids, filled = sum(parts, []), iter(parts)
-    written, n_holes = re.subn(HOLE, lambda _: tokenizer.decode(next(filled)), text)
+    written, n_holes = re.subn(hole_in(tokenizer),
+                               lambda _: text_after(tokenizer, next(filled)), text)
     if not n_holes:
         token_ids = token_ids[:end_of(token_ids, ends)]
         written = text_after(tokenizer, token_ids, ids[:holes[0].start])
