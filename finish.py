@@ -19,7 +19,8 @@ from configurator import RunError, errors_as, out_of_memory
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
 from machine import eagerly
-from report import report_on_run, text_after
+from replay import text_after
+from report import report_on_run
 from sample import decode_verified
 from terminal import duration
 

@@ -26,7 +26,7 @@ from convert import (
 from corpus import encode_prompt, end_ids, end_of, opening
 from machine import pick_autocast, pick_device
 from model_files import checkpoints
-from report import text_after, text_with_masks, write_trace
+from replay import text_after, text_with_masks, write_trace
 
 # --------------------------------------------------------------------------------------------------
 # text
