@@ -4,9 +4,10 @@
   python sample.py --tasks=arc_easy --tasks_mode=diffusion    # needs pip install -e '.[eval]'
   python sample.py --evaluate=my_text.txt --tasks=mine --tasks_folder=my_tasks --json
 
-sample.py imports this module only when it is asked to evaluate. The bounds are those of training,
-evaluate() and window_losses() of convert.py; infilling is the sampler's generate(); tasks are in
-harness.py. The name is not evaluate.py, which would hide a package that the harness needs.
+sample.py imports this module only when it is asked to evaluate, finish.py for its holes. The bounds
+are those of training, evaluate() and window_losses() of convert.py; infilling is the sampler's
+generate(); tasks are in harness.py. The name is not evaluate.py, which would hide a package that
+the harness needs.
 """
 import contextlib
 import datetime
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 from configurator import UserError, first_line, out_of_memory
 from convert import (
-    DiffusionLM, evaluate, generate, read_record, unmask, window_losses, with_less_memory)
+    DiffusionLM, evaluate, generate, read_record, window_losses, with_less_memory)
 from corpus import documents, encoding, make_windows, read_corpus, seed_for
 from model_files import load_hf
 from probe import decoder_layers
+from sample import decode_verified
 
 FIGURES = {  # of --json, in the order in which they are printed
     "eval_nelbo": "nats per token, at least the diffusion's -log p(text)",
@@ -254,32 +256,29 @@ def cut_spans(windows, n, last, seed):
     return spans
 
 
-def causal_guess(model, ids):
-    """ids (B, T), the masks in them filled greedily by the AR mode, which sees their left alone."""
-    model.set_causal(True)
-
-    def predict(ids, n_masked, rows, cols):
-        return model(ids, None, rows * ids.shape[1] + cols - 1)
-    return unmask(predict, ids, model.mask_id, ids.shape[1], order="left_to_right")[0]
+def cut_holes(windows, n, last, seed):
+    """Holes (left, gap, right), lists of ids, at the places of cut_spans() in windows (n, T)."""
+    texts = np.maximum(windows, ~windows).tolist()  # ~id back to id
+    return [(texts[row][:start], texts[row][start:start + length], texts[row][start + length:])
+            for row, start, length in cut_spans(windows, n, last, seed)]
 
 
-def fill(model, texts, spans, s):
-    """[(ids that the model fills each hole with, ids of the AR mode's guess)] for texts (n, T) and
-    a hole (_, start, length) in each. A block model continues the text before the hole."""
-    holes = [slice(start, start + length) for _, start, length in spans]
-    masked = torch.tensor(texts, device=model.device)
-    for row, hole in zip(masked, holes, strict=True):
-        row[hole] = model.mask_id
-    generator = torch.Generator(model.device).manual_seed(s.seed)
-    prompts, more = masked.tolist(), 0
-    if model.block_size:
-        prompts = [text[:hole.start] for text, hole in zip(prompts, holes, strict=True)]
-        more = max(length for *_, length in spans)
-    sampling = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
-    found, _ = generate(model, prompts, more, s.steps, sampling=sampling, order=s.order,
-                        threshold=s.threshold, remask=s.remask, generator=generator)
-    guesses = causal_guess(model, masked[:, :max(hole.stop for hole in holes)]).tolist()
-    return [(a[hole], b[hole]) for a, b, hole in zip(found, guesses, holes, strict=True)]
+def fill_holes(model, holes, steps, **options):
+    """[(what the sampler puts into a hole, what the AR mode writes there, which sees its left
+    alone)], lists of ids, for holes (left, gap, right). A block model too continues the left.
+    options: of generate()."""
+    pairs = []
+    for i in tqdm(range(0, len(holes), 8), "filling holes", disable=None, leave=False):
+        lefts, gaps, rights = zip(*holes[i:i + 8], strict=True)
+        prompts, more = lefts, max(map(len, gaps))
+        if not model.block_size:
+            masks, more = [[model.mask_id] * len(gap) for gap in gaps], 0
+            prompts = [sum(parts, []) for parts in zip(lefts, masks, rights, strict=True)]
+        rows, _ = generate(model, prompts, more, steps, **options)
+        for row, left, gap in zip(rows, lefts, gaps, strict=True):
+            guess = decode_verified(model, left, len(gap), 0, 0, {})[0]  # {}: greedily
+            pairs.append((row[len(left):len(left) + len(gap)], guess))
+    return pairs
 
 
 def overlap(tokenizer, found, wanted):
@@ -302,21 +301,20 @@ def infill_figures(model, tokenizer, windows, s):
     last = windows.shape[1]
     if model.block_size:  # it writes on in whole blocks, behind the longest text of a batch
         last = min(last, model.max_positions - 12 - model.block_size)
-    spans = cut_spans(windows, s.infill_spans, last, seed_for(s.seed, "infilling"))
-    if not spans:
+    holes = cut_holes(windows, s.infill_spans, last, seed_for(s.seed, "infilling"))
+    if not holes:
         if s.infill_spans:
             note("no infilling: the windows have no room for holes of 4 to 12 tokens")
         return {}
     if model.block_size:
         note("a block model writes left to right: it fills holes from the left alone, as AR does")
-    texts = np.maximum(windows, ~windows)  # ~id back to id
-    wanted = [texts[row, start:start + length].tolist() for row, start, length in spans]
-    pairs = []
-    for i in tqdm(range(0, len(spans), 8), "infilling", unit="batches", disable=None, leave=False):
-        part = spans[i:i + 8]
-        pairs += fill(model, texts[[row for row, *_ in part]], part, s)
+    pairs = fill_holes(
+        model, holes, s.steps, order=s.order, threshold=s.threshold, remask=s.remask,
+        sampling={"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p},
+        generator=torch.Generator(model.device).manual_seed(s.seed))
     found, guesses = zip(*pairs, strict=True)
-    row = {"infill_spans": len(spans)}
+    wanted = [gap for _, gap, _ in holes]
+    row = {"infill_spans": len(holes)}
     for name, side in {"infill": found, "ar_infill": guesses}.items():
         row |= {f"{name}_{key}": x for key, x in overlap(tokenizer, side, wanted).items()}
     return row

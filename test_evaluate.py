@@ -85,25 +85,29 @@ def test_holes_are_in_the_middle_of_windows_seeded_and_without_context():
     for row, start, length in spans:
         assert 16 <= start and start + length <= 48
         assert (windows[row, start:start + length] >= 0).all()
+    holes = evaluation.cut_holes(windows, 50, 64, 3)
+    for (row, start, length), (left, gap, right) in zip(spans, holes, strict=True):
+        assert (len(left), len(gap)) == (start, length)
+        assert left + gap + right == np.maximum(windows, ~windows)[row].tolist()
 
 
 @cases("block_size", [0, 4])
 def test_a_hole_is_filled_by_the_sampler_and_guessed_as_hugging_face_continues(block_size):
     model = diffusion(random_lm("mistral", **WINDOW), "linear", 10, block_size=block_size)
-    texts, spans = random_ids(3, 32).numpy(), [(0, 10, 4), (1, 8, 7), (2, 20, 5)]
-    pairs = evaluation.fill(model, texts, spans, settings(steps=99))
+    lengths = [(10, 4, 18), (8, 7, 17), (20, 5, 7)]  # the texts too differ in length
+    holes = [[random_ids(n).tolist() for n in parts] for parts in lengths]
+    pairs = evaluation.fill_holes(model, holes, 99)
 
-    for (found, guess), (i, start, length) in zip(pairs, spans, strict=True):
-        before, hole = texts[i, :start].tolist(), [model.mask_id] * length
+    for (found, guess), (left, gap, right) in zip(pairs, holes, strict=True):
+        start, end = len(left), len(left) + len(gap)
         if block_size:
-            [alone], _ = convert.generate(model, [before], 7, 99)
+            [alone], _ = convert.generate(model, [left], 7, 99)
         else:
-            row = before + hole + texts[i, start + length:].tolist()
-            [alone], _ = convert.generate(model, [row], 0, 99)
-        assert found == alone[start:start + length]
+            [alone], _ = convert.generate(model, [left + [model.mask_id] * len(gap) + right], 0, 99)
+        assert found == alone[start:end]
         with model.original_model() as lm:
-            ids = torch.tensor([before])
-            for _ in range(length):
+            ids = torch.tensor([left])
+            for _ in gap:
                 ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
         assert guess == ids[0, start:].tolist()
 
