@@ -134,6 +134,8 @@ wandb_project = "diffusion-converter"  # project name there
 dry_run = False  # time three steps per stage, print what the run would cost, write no out_dir
 debug = False  # 20 steps with anomaly detection; errors of libraries keep their traceback
 seed = 1337  # of data order, noise, dropout and random weights
+# before files and flags change them: report.py tells what a run changed
+defaults = settings_in(globals())
 
 # a set of values, (lowest, highest), or Path, in which ~ is the home folder; any other number must
 # be 0 or more

@@ -5,12 +5,11 @@ out_dir/result.json, from which report.py takes them.
 """
 import json
 import random
-import re
 import shlex
 import signal
-import textwrap
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,13 +17,13 @@ import processes
 from configurator import RunError, errors_as, out_of_memory
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
+from evaluation import cut_holes, fill_holes
+from history import before_and_after, is_number, read_run
 from machine import eagerly
 from replay import text_after
 from report import report_on_run
 from sample import decode_verified
-from terminal import duration
-
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+from terminal import duration, quoted_text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -37,21 +36,17 @@ def held_out(tokenizer, val_data, s):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def cut_holes(texts, s):
-    """Holes (left, gap, right) in texts, fixed by the seed: words of the world's stories that only
-    the text to their right decides, or else two to four words in the middle of a text."""
-    rng, holes = random.Random(s.seed), []
+def held_out_holes(tokenizer, texts, val_data, s):
+    """Holes (left, gap, right), lists of ids, fixed by the seed: words of the world's stories that
+    only the text to their right decides, or else 4 to 12 tokens of held-out windows."""
+    if s.dataset_name != "world":
+        windows = np.asarray(val_data[:8, :64], np.int64)
+        return cut_holes(windows, 8, windows.shape[1], s.seed)
+    rng, words = random.Random(s.seed), []
     for text in texts:
-        if s.dataset_name == "world":
-            found = world().holes(text)
-            holes += rng.sample(found, min(2, len(found)))
-            continue
-        words = re.findall(r"\s*\S+", text)
-        if len(words) >= 12:
-            start, n = rng.randrange(len(words) // 3, len(words) // 2), rng.randrange(2, 5)
-            holes.append(["".join(words[i:j]) for i, j in
-                          ((0, start), (start, start + n), (start + n, len(words)))])
-    return holes
+        found = world().holes(text)
+        words += rng.sample(found, min(2, len(found)))
+    return [encode_hole(tokenizer, *word) for word in words]
 
 
 def encode_hole(tokenizer, left, gap, right):
@@ -74,18 +69,6 @@ def write_all(model, tokenizer, prompts, n_new):
     return [ids[:end_of(ids, ends)] for ids in new]
 
 
-def fill_holes(model, tokenizer, holes):
-    """What diffusion, and what the AR mode from the left alone, puts into holes."""
-    filled, guesses = [], []
-    for hole in tqdm(holes, "filling holes", disable=None):
-        left, gap, right = encode_hole(tokenizer, *hole)
-        [row], _ = generate(model, [left + [model.mask_id] * len(gap) + right], 0, len(gap))
-        filled.append(text_after(tokenizer, row[len(left):len(left) + len(gap)], left).strip())
-        guess = decode_verified(model, left, len(gap), 0, 0, GREEDY)[0]
-        guesses.append(text_after(tokenizer, guess, left).strip())
-    return filled, guesses
-
-
 def race(model, tokenizer, prompts, n_new):
     """Plain AR decoding of prompts, and for a block model verified decoding in turns with it: (the
     AR texts as lists of ids, figures)."""
@@ -93,20 +76,21 @@ def race(model, tokenizer, prompts, n_new):
     modes = {0: [], drafts: []} if model.block_size else {0: []}
     seconds, forwards, accepted = dict.fromkeys(modes, 0.0), dict.fromkeys(modes, 0), 0
     for n in modes:  # so that both are timed warm
-        decode_verified(model, prompts[0], 8, n, n + 1, GREEDY)
+        decode_verified(model, prompts[0], min(8, n_new), n, n + 1, {})
     for ids in tqdm(prompts, "decoding", disable=None):
         for n, texts in modes.items():
             start = time.perf_counter()
-            new, passes, _, stood = decode_verified(model, ids, n_new, n, n + 1, GREEDY, ends)
+            new, passes, _, stood = decode_verified(model, ids, n_new, n, n + 1, {}, ends)
             seconds[n] += time.perf_counter() - start
             texts.append(new)
             forwards[n] += passes
             accepted += stood
+    plain = [ids[:end_of(ids, ends)] for ids in modes[0]]
     if not model.block_size:
-        return modes[0], {}
+        return plain, {}
     equal = sum(a == b for a, b in zip(modes[0], modes[drafts], strict=True))
     n_tokens = sum(map(len, modes[drafts]))
-    return modes[0], {
+    return plain, {
         "tokens_per_forward": n_tokens / forwards[drafts], "equal": equal, "texts": len(prompts),
         "accepted_per_check": accepted / max(1, forwards[drafts] - len(prompts)),
         "speed_over_ar": seconds[0] / seconds[drafts]}
@@ -121,8 +105,11 @@ def measure(model, tokenizer, val_data, s):
     prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 3 or 1]
                for start in starts]
     n_new = max(1, min(32, s.max_seq_length // 2 - 8))
+    longest = max(map(len, prompts))
     if is_world:  # a story fills a window
-        n_new = s.max_seq_length - max(map(len, prompts))
+        n_new = s.max_seq_length - longest
+    if model.block_size:  # it writes whole blocks, and drafts ahead
+        n_new = max(1, min(n_new, model.max_positions - longest - model.block_size - 8))
     ar_texts, verify = race(model, tokenizer, prompts, n_new)
     written = write_all(model, tokenizer, prompts, n_new)
     both = [[text_after(tokenizer, new, ids) for new, ids in zip(side, prompts, strict=True)]
@@ -134,38 +121,47 @@ def measure(model, tokenizer, val_data, s):
         shares = []
         for side in both:
             right = [x for start, text in zip(starts, side, strict=True)
-                     for x in world().judge(start + text.partition(tokenizer.eos_token)[0])[1:]]
+                     for x in world().judge(start + text)[1:]]
             shares.append(sum(right) / max(1, len(right)))
         result["accepted"] = {"ar": shares[0], "diffusion": shares[1]}
-    holes = [] if model.block_size else cut_holes(texts, s)
+    holes = [] if model.block_size else held_out_holes(tokenizer, texts, val_data, s)
+    holes = [hole for hole in holes if sum(map(len, hole)) <= model.max_positions]
     if holes:
-        filled, guesses = fill_holes(model, tokenizer, holes)
-        wanted = [gap.strip() for _, gap, _ in holes]
-        right = {"ar": sum(map(str.__eq__, guesses, wanted)) / len(holes),
-                 "diffusion": sum(map(str.__eq__, filled, wanted)) / len(holes)}
-        example = next((i for i, gap in enumerate(wanted) if filled[i] == gap != guesses[i]), 0)
-        left, gap, after = holes[example]
-        result["hole"] = {"left": left, "answer": gap.strip(), "right": after,
-                          "filled": filled[example], "ar_guess": guesses[example]}
-        if is_world:
-            result["holes_right"] = right
+        result |= infilling(model, tokenizer, holes)
+        if not is_world:  # its words alone are decided by their right sides
+            del result["holes_right"]
     return result
+
+
+def infilling(model, tokenizer, holes):
+    """The shares of holes filled with the very tokens, and one of them, if there is one that
+    diffusion fills rightly and the AR mode does not."""
+    pairs = fill_holes(model, holes, max(len(gap) for _, gap, _ in holes))  # a token a pass
+    right = [(found == gap, guess == gap)
+             for (found, guess), (_, gap, _) in zip(pairs, holes, strict=True)]
+    example = right.index((True, False)) if (True, False) in right else 0
+    (left, gap, after), (found, guess) = holes[example], pairs[example]
+    answer, filled, guessed = (text_after(tokenizer, ids, left) for ids in (gap, found, guess))
+    space = answer[:len(answer) - len(answer.lstrip())]  # a tokenizer joins it to the word
+    diffusion, ar = (sum(side) / len(holes) for side in zip(*right, strict=True))
+    return {"hole": {"left": tokenizer.decode(left, skip_special_tokens=True) + space,
+                     "right": text_after(tokenizer, after, left + gap), "answer": answer.strip(),
+                     "filled": filled.strip(), "ar_guess": guessed.strip()},
+            "holes_right": {"ar": ar, "diffusion": diffusion}}
 
 
 # --------------------------------------------------------------------------------------------------
 # The screen
-def figures_of_log(path):
-    """What training_logs.jsonl says of the whole run: seconds of training, tokens, and the figures
-    before and after."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluations = [row for row in rows if "eval_nelbo" in row]
-    converting = [row for row in evaluations if not row["stage"].startswith("0")]
+def figures_of(run):
+    """What the log of a run says of all of it: minutes of training, tokens, and the figures before
+    and after. run: of read_run()."""
+    first, last = before_and_after(run)
+    if not first:  # AR pre-training alone
+        first = run["evals"][0]
     seconds, tokens = 0.0, 0
-    for row in rows:
-        if row.get("tokens_per_s"):
-            seconds += (row["tokens"] - tokens) / row["tokens_per_s"]
-            tokens = row["tokens"]
-    first, last = (converting or evaluations)[0], evaluations[-1]
+    for row in run["steps"]:
+        seconds += (row["tokens"] - tokens) / max(1, row["tokens_per_s"])
+        tokens = row["tokens"]
     return {"minutes": seconds / 60, "tokens": tokens, "ar_ppl_before": last["ar_ppl_before"],
             "ar_ppl": last["ar_ppl"], "eval_nelbo_first": first["eval_nelbo"],
             "eval_nelbo": last["eval_nelbo"], "eval_nelbo_se": last["eval_nelbo_se"]}
@@ -177,19 +173,22 @@ def screen(result, out, s, room):
     took = duration(60 * result["minutes"])
     lines = ["", rule, f"done: {out}/final", f"{took} of training, {result['tokens']:,} tokens", "",
              f"{'':34}{'before':>10}{'after':>10}"]
-    if result["ar_ppl_before"]:
-        lines.append(f"{'AR model, perplexity':34}{result['ar_ppl_before']:10.3f}"
-                     f"{result['ar_ppl']:10.3f}")
-    lines.append(f"{'diffusion, NELBO in nats a token':34}{result['eval_nelbo_first']:10.3f}"
-                 f"{result['eval_nelbo']:10.3f}   (se {result['eval_nelbo_se']:.3f})")
+    for name, before, after in (("AR model, perplexity", "ar_ppl_before", "ar_ppl"),
+                                ("diffusion, NELBO in nats a token", "eval_nelbo_first",
+                                 "eval_nelbo")):
+        cells = [f"{x:10.3f}" if is_number(x) else f"{'-':>10}"
+                 for x in (result[before], result[after])]
+        lines.append(f"{name:34}{''.join(cells)}")
+    if is_number(result["eval_nelbo_se"]):
+        lines[-1] += f"   (se {result['eval_nelbo_se']:.3f})"
     if "samples" in result:
         how = "block by block" if s.block_size else "by unmasking"
         lines += ["", f"written {how} behind the start of held-out texts:"]
-        lines += [wrapped(text) for text in result["samples"]]
+        lines += [quoted(text) for text in result["samples"]]
     if "hole" in result:
         hole = result["hole"]
         lines += ["", "a hole in a held-out text:",
-                  wrapped(f"{hole['left']}[____]{hole['right']}"),
+                  quoted(f"{hole['left']}[____]{hole['right']}"),
                   f"    diffusion, from both sides    {hole['filled']!r}",
                   f"    AR model, from the left       {hole['ar_guess']!r}",
                   f"    the text has                  {hole['answer']!r}"]
@@ -214,10 +213,9 @@ def screen(result, out, s, room):
                       f"    python sample.py {flag} --evaluate=my_text.txt", rule])
 
 
-def wrapped(text):
-    """A text as indented lines."""
-    return textwrap.fill(" ".join(text.split())[:400], 90, initial_indent="    ",
-                         subsequent_indent="    ")
+def quoted(text):
+    """A text in at most five indented lines."""
+    return quoted_text(" ".join(text.split()), most=5)
 
 
 def percent(name, shares):
@@ -226,24 +224,26 @@ def percent(name, shares):
 
 
 def show(model, tokenizer, val_data, autocast, out, s):
-    """Measure, print the screen, keep it in out/result.json."""
-    result, sharded = figures_of_log(out / "training_logs.jsonl"), processes.is_sharded(model)
+    """Measure, print the screen, keep it in out/result.json, write the report."""
+    result = figures_of(read_run(out))
     model.eval()
     try:
-        with eagerly(s.compile_model), model.attention(model.kernel), autocast:
-            result |= {} if sharded else measure(model, tokenizer, val_data, s)
+        if not processes.is_sharded(model):
+            with eagerly(s.compile_model), model.attention(model.kernel), autocast:
+                result |= measure(model, tokenizer, val_data, s)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         print("out of memory: no examples are shown")
-    with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     room = s.max_seq_length - len(encode_prompt(model, tokenizer, s.sample_prompt, 0))
     print(screen(result, out, s, room))
+    with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
+        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    report_on_run(out, model, tokenizer, autocast)
 
 
 def finish(model, tokenizer, val_data, autocast, out, s):
-    """Show what a run has changed, and write its report.
+    """Show what a run has changed, and write its report, in the first process.
 
     All is saved by now: a signal ends the process at once, and a lack of memory costs the examples
     alone. With a sharded model there are none, as every process would have to write them.
@@ -251,4 +251,3 @@ def finish(model, tokenizer, val_data, autocast, out, s):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     processes.from_rank_0(show, model, tokenizer, val_data, autocast, out, s)
-    report_on_run(out, model, tokenizer)

@@ -40,15 +40,15 @@ def fitting(fields):
     return "  ".join(fields)
 
 
-def quoted_text(text, name):
-    """A text of a model as indented lines, three at most, that fit the terminal; what would move
+def quoted_text(text, name="", most=3):
+    """A text of a model as indented lines, so many at most, that fit the terminal; what would move
     the cursor or ring the bell is escaped."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     width = min(COLUMNS, shutil.get_terminal_size((COLUMNS, 24)).columns)
     if any(unicodedata.east_asian_width(c) in "WF" for c in text):
         width //= 2  # such a character takes two columns
-    first = f"    {name}: "
-    lines = textwrap.wrap(text, max(width, 2 * len(first)), max_lines=3, placeholder=" ...",
+    first = f"    {name}: " if name else "    "
+    lines = textwrap.wrap(text, max(width, 2 * len(first)), max_lines=most, placeholder=" ...",
                           initial_indent=first, subsequent_indent=" " * len(first))
     return "\n".join(lines or [first.rstrip()])
 

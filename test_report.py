@@ -14,9 +14,10 @@ import yaml
 
 import configurator
 import convert
+import history
 import report
 from configurator import RunError, UserError
-from test_convert import CPU, HERE, TINY, evaluations, script
+from test_convert import CPU, HERE, NO_AUTOCAST, TINY, evaluations, script
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"\' &lt; $title '
 VOID = {"meta", "br", "img", "input"}  # elements without an end
@@ -108,7 +109,7 @@ def test_what_a_model_or_a_user_writes_stays_text(out):
     assert written.startswith(HOSTILE) and len(data["frames"]) == 33
 
 
-def test_a_log_with_nulls_and_half_a_line_of_a_run_not_finished_is_told(out):
+def test_a_log_with_nulls_and_half_a_line_of_a_run_not_finished_has_a_page(out):
     def change(rows):
         for row in rows:
             row |= dict.fromkeys(("grad_norm", "eval_nelbo_se"))
@@ -123,7 +124,7 @@ def test_a_log_with_nulls_and_half_a_line_of_a_run_not_finished_is_told(out):
     shutil.rmtree(out / "final")
     report.write(out, "Not replayed.")
     text = " ".join(page_of(out).texts)
-    assert "is not finished" in text and "not finite: 12" in text and "be read: 1" in text
+    assert "is not finished" in text
     assert not re.search(r"\b(nan|None|null|inf)\b", text)
 
 
@@ -139,7 +140,7 @@ def test_a_page_warns_of_what_the_log_and_the_record_know(out):
     record["state"]["data_report"] |= {"near_duplicates_left_out": 5,
                                        "held_out_share_in_training": 0.25}
     path.write_text(json.dumps(record))
-    found = " ".join(report.warnings(report.read_run(out)))
+    found = " ".join(history.warnings(history.read_run(out)))
     for words in ("ar_ppl is", "eval_nelbo is 9, at its best", "finite: 7", "8-bit Adam; then with "
                   "2 windows", "5 near-dup", "25.0% of held-out"):
         assert words in found, words
@@ -154,14 +155,14 @@ def test_a_long_log_is_thinned_and_many_evaluations_show_twelve_texts(out):
     report.write(out, "Not replayed.")
     page = page_of(out)
     lines = [x["d"] for x in page.all("path") if x["class"] == "line"]
-    assert len(lines) == 4 and all(400 < len(re.findall("[ML]", line)) <= 601 for line in lines)
+    assert len(lines) == 4 and all(400 < line.count(",") <= 601 for line in lines)
     assert len(page.all("b")) == 12 and (out / "report.html").stat().st_size < 250e3
 
 
 def test_the_command_in_a_page_gives_the_settings_of_the_run(finished):
-    run = report.read_run(finished)
-    _, script_name, *flags = shlex.split(report.command(run).replace("\\\n", ""))
-    settings = {name: value for name, (value, _) in report.defaults().items()}
+    run = history.read_run(finished)
+    _, script_name, *flags = shlex.split(history.command(run).replace("\\\n", ""))
+    settings = dict(convert.defaults)
     assert settings.keys() == configurator.settings_in(vars(convert)).keys()
     configurator.configure(settings, flags, convert.allowed)
     known = run["record"]["settings"]
@@ -190,7 +191,7 @@ def test_a_result_has_a_card_with_the_figures_of_the_log_and_stays_intact(finish
 
 
 def test_a_card_names_hub_data_but_no_path_of_the_machine(out):
-    run = report.read_run(out)
+    run = history.read_run(out)
     run["record"] |= {"base": {"name": "EleutherAI/pythia-70m"}}
     run["record"]["model"] |= {"lora": {"rank": 4}, "block_size": 4}
     run["record"]["settings"] |= {"model_name": "/home/me/secret/base", "model_config": "",
@@ -216,9 +217,9 @@ def test_a_report_that_cannot_be_written_is_one_line(out, capsys):
     (out / "report.html").unlink()
     (out / "report.html").mkdir()
     model, tokenizer = convert.load_model(out / "final", CPU)
-    report.report_on_run(out, model, tokenizer)
+    report.report_on_run(out, model, tokenizer, NO_AUTOCAST)
     told = capsys.readouterr()
-    assert re.fullmatch("report: not written: .*\ndone: .*\n", told.out)
+    assert re.fullmatch("report: not written: .*\n", told.out)
     assert not told.err and not list(out.glob("*.new"))
     for wrong, kind, words in ((out, RunError, "cannot write"), (out / "x", UserError, "no log")):
         with pytest.raises(kind, match=words) as error:
