@@ -40,9 +40,9 @@ from transformers.pytorch_utils import Conv1D
 
 import processes
 import runs
+from bpe import tokenizer_of
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
-from corpus import (
-    encode_prompt, end_ids, end_of, get_batch, load_data, seed_for, tokenizer_of)
+from corpus import encode_prompt, end_ids, end_of, get_batch, load_data, seed_for
 from machine import (
     checkpoint_layers, choose_parallel, eagerly, leave, set_up_device, set_up_model,
     stop_on_signal)

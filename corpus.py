@@ -19,16 +19,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import processes
 from configurator import RunError, UserError, did_you_mean, errors_as, first_line
 from hub import check_hub
 
-BPE_SIZE = 1024  # pieces of a tokenizer that is trained on the data
 SPLIT_WORD = r"(?<![a-z])(train|valid|validation|val|dev|test|evaluation|eval)(?:ing)?(?![a-z])"
 
 
@@ -170,27 +167,6 @@ def world():
         sys.modules["world"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["world"])
     return sys.modules["world"]
-
-
-def tokenizer_of(s):
-    """The tokenizer_name of settings s; "bpe" is trained on the data and kept in cache_dir."""
-    if s.tokenizer_name != "bpe":
-        return s.tokenizer_name
-    corpus = read_corpus(s.dataset_name, s.dataset_config, s.dataset_split, s.text_column,
-                         s.cache_dir)
-    folder = Path(s.cache_dir) / f"bpe_{seed_for(s.dataset_name, corpus['key'], BPE_SIZE):x}"
-    if not folder.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=BPE_SIZE, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False)
-        tokenizer.train_from_iterator(corpus["train"], trainer)
-        with errors_as(f"cache_dir: cannot write to '{s.cache_dir}'"):
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer,
-                                    eos_token="<|endoftext|>").save_pretrained(folder)
-    return str(folder.absolute())
 
 
 def text_of(table, column):

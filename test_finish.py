@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bpe
 import corpus
 import finish
 from convert import load_model, timestep
@@ -67,16 +68,16 @@ def test_held_out_stories_are_not_in_the_training_text():
 def test_a_bpe_tokenizer_is_trained_once_and_gives_each_word_a_piece(tmp_path):
     s = SimpleNamespace(tokenizer_name="bpe", dataset_name="world", dataset_config="",
                         dataset_split="train", text_column="text", cache_dir=str(tmp_path))
-    name = corpus.tokenizer_of(s)
+    name = bpe.tokenizer_of(s)
     before = (tmp_path / name / "tokenizer.json").stat().st_mtime_ns
-    assert corpus.tokenizer_of(s) == name
+    assert bpe.tokenizer_of(s) == name
     assert (tmp_path / name / "tokenizer.json").stat().st_mtime_ns == before
     tokenizer = AutoTokenizer.from_pretrained(name)
     story = world.write_stories(1, seed=9)[0]
     assert tokenizer.decode(tokenizer.encode(story)) == story
     assert len(tokenizer.encode(story)) == len(re.findall(r"\w+|\.", story))
     assert tokenizer.decode(tokenizer.encode("Überraschung №5\n")) == "Überraschung №5\n"
-    assert corpus.tokenizer_of(SimpleNamespace(tokenizer_name="bytes")) == "bytes"
+    assert bpe.tokenizer_of(SimpleNamespace(tokenizer_name="bytes")) == "bytes"
 
 
 # ----------------------------------------------------------------------------------------------
