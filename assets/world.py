@@ -17,13 +17,13 @@ PEOPLE = {**dict.fromkeys(("Anna", "Emma", "Mia"), ("She", "her")),
 COLOURS = "black", "blue", "green", "red", "white"
 THINGS = "ball", "book", "cup", "hat", "lamp", "pen"
 PLACES = "bag", "box", "drawer", "garden", "kitchen", "tent"
-NUMBERS = {"a": (0, "it", "It is"), "two": (1, "them", "They are")}
+NUMBERS = {"a": ("it", "It is"), "two": ("them", "They are")}
 START = ("", "", "", "", "", "", "start")
 
 
 def noun(number, thing):
     """The thing, in the plural if there are two."""
-    return thing + "s" * NUMBERS[number][0]
+    return thing if number == "a" else thing + "s"
 
 
 @functools.lru_cache(100_000)
@@ -41,7 +41,8 @@ def next_sentences(state):
                 for thing in THINGS}
     if last == "end":
         return {}
-    what, (_, them, they_are) = noun(number, thing), NUMBERS[number]
+    what = noun(number, thing)
+    them, they_are = NUMBERS[number]
     they, are = they_are.split()
     she, her = PEOPLE[owner]
     others = [other] if other else [person for person in PEOPLE if PEOPLE[person] != (she, her)]
@@ -104,7 +105,7 @@ def answers(left, right=""):
     *before, start = left.split(".")
     for sentence in before:
         state = next_sentences(state)[sentence.strip() + "."]
-    start = start.strip() + " " * bool(start.strip())
+    start = f"{start.strip()} ".lstrip()
     follow = {s[len(start):].split()[0].rstrip(".") for s in next_sentences(state)
               if s.startswith(start)}
     return {word for word in follow if not right or all(judge(left + word + right))}
