@@ -250,4 +250,5 @@ def finish(model, tokenizer, val_data, autocast, out, s):
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning: nothing is left to save
     processes.from_rank_0(show, model, tokenizer, val_data, autocast, out, s)
