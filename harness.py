@@ -64,7 +64,7 @@ def diffusion_log_likelihood(model, context, continuation, samples, seed):
     work = functools.partial(window_losses, model, x0, contextlib.nullcontext(), seed,
                              only=slice(kind, kind + 1))
     losses = with_less_memory(work, {"size": 32}, model, size="size")[kind]
-    nats = losses.double() * samples * len(continuation)  # they are shares of nats per token
+    nats = losses.cpu().double() * samples * len(continuation)  # they are shares of nats per token
     error = nats.std(correction=min(1, samples - 1)) / samples**0.5
     return -nats.mean().item(), error.item()
 
