@@ -18,7 +18,8 @@ from string import Template
 
 import convert
 import processes
-from configurator import RunError, UserError, configure, errors_as, first_line, run
+from configurator import (
+    RunError, UserError, configure, errors_as, first_line, out_of_memory, run)
 from corpus import encode_prompt
 from history import (
     NOT_REPEATED, before_and_after, changed, command, is_number, number, read_run, stage_rows,
@@ -39,7 +40,8 @@ FIGURES = "eval_nelbo", "eval_nelbo_se", "eval_nelbo_sampler", "eval_bpb", "ar_p
 
 
 def unmasking(model, tokenizer, prompt, autocast):
-    """trace_page() of a continuation of prompt by 32 tokens in 32 passes, as in evaluations."""
+    """trace_page() of a continuation of prompt by 32 tokens in 32 passes, as in evaluations, or a
+    sentence if memory runs out."""
     ids, new = encode_prompt(model, tokenizer, prompt, 32), 32
     frames = [(ids + [model.mask_id] * new, [])]  # before the first pass
 
@@ -47,8 +49,13 @@ def unmasking(model, tokenizer, prompt, autocast):
         frames.append((ids[0].tolist(), confidence[0].tolist()))
 
     model.eval()
-    with eagerly(convert.compile_model), model.attention(model.kernel), autocast:
-        convert.generate(model, [ids], new, 32, watch=show)
+    try:
+        with eagerly(convert.compile_model), model.attention(model.kernel), autocast:
+            convert.generate(model, [ids], new, 32, watch=show)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return "Not replayed: memory ran out."
     return trace_page(frames, tokenizer, model.mask_id)
 
 
@@ -68,6 +75,8 @@ def escape(value):
 
 def table(rows, caption, kind="numbers"):
     """Rows, as dicts, of numbers or words; what does not fit scrolls sideways. "" for no rows."""
+    if not rows:
+        return ""
     keys, caption = list(dict.fromkeys(key for row in rows for key in row)), escape(caption)
     head = "".join(f'<th scope="col">{escape(key)}</th>' for key in keys)
     body = ""
@@ -75,10 +84,9 @@ def table(rows, caption, kind="numbers"):
         first, *others = [escape(row.get(key)) for key in keys]
         cells = "".join(f"<td>{cell}</td>" for cell in others)
         body += f'<tr><th scope="row">{first}</th>{cells}</tr>\n'
-    return rows and (
-        f'<div class="wide {kind}" tabindex="0" role="region" aria-label="{caption}"><table>\n'
-        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{body}</tbody></table></div>")
+    return (f'<div class="wide {kind}" tabindex="0" role="region" aria-label="{caption}"><table>\n'
+            f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>\n"
+            f"<tbody>{body}</tbody></table></div>")
 
 
 def thinned(points, most=600):
@@ -313,7 +321,7 @@ def report_on_run(out, model, tokenizer, autocast):
             if not processes.is_sharded(model):
                 replayed = unmasking(model, tokenizer, convert.sample_prompt, autocast)
             write(out, replayed)
-    except (UserError, RuntimeError) as error:  # of these, errors_as() leaves out of memory
+    except UserError as error:
         print(f"report: not written: {first_line(error)}")
 
 
