@@ -204,7 +204,9 @@ def screen(result, out, s, room):
                   f"    {verify['tokens_per_forward']:.2f} tokens a forward pass, "
                   f"{verify['speed_over_ar']:.2f} times the speed"]
     flag = f"--out_dir={shlex.quote(str(out))}"
-    next_one = f"python sample.py {flag} --prompt={shlex.quote(s.sample_prompt)} --watch"
+    next_one = f"python sample.py {flag} --watch"
+    if s.sample_prompt.isprintable():  # nothing in it moves the cursor
+        next_one += f" --prompt={shlex.quote(s.sample_prompt)}"
     if room < 64:  # what sample.py writes
         next_one += f" --max_new_tokens={max(1, room)}"
     if s.block_size:

@@ -1553,7 +1553,7 @@ def test_help_shows_the_settings_in_their_groups_with_the_values_given(tmp_path)
     assert re.findall(r"^# (\w+)$", out, re.M) == [
         "model", "adapters", "data", "optimizer", "stages", "diffusion", "machine", "run"]
     places = [out.index(line) for line in (
-        "# optimizer\n", "  batch_size = 16  # windows", "  beta1 = 0.9  # AdamW", "# stages\n",
+        "# optimizer\n", "  batch_size = 32  # windows", "  beta1 = 0.9  # AdamW", "# stages\n",
         "# run\n", "  seed = 7  # of")]
     assert places == sorted(places)
 
@@ -1578,7 +1578,7 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
     ("test_convert.py", 2620, 130500), ("test_finish.py", 160, 8500),
     ("test_report.py", 250, 12500), ("test_terminal.py", 310, 15000),
     ("test_processes.py", 340, 16500), ("test_faults.py", 740, 31500),
-    ("evaluation.py", 330, 16000), ("harness.py", 230, 11600), ("test_evaluate.py", 350, 17200),
+    ("evaluation.py", 330, 16000), ("harness.py", 230, 11600), ("test_evaluate.py", 350, 17350),
     ("README.md", 250, 15600)])
 def test_files_stay_short_enough_to_read(name, most_lines, most_bytes):
     source = (HERE / name).read_text()

@@ -87,7 +87,7 @@ def test_holes_are_in_the_middle_of_windows_seeded_and_without_context():
         assert (windows[row, start:start + length] >= 0).all()
     holes = evaluation.cut_holes(windows, 50, 64, 3)
     for (row, start, length), (left, gap, right) in zip(spans, holes, strict=True):
-        assert (len(left), len(gap)) == (start, length)
+        assert len(left) == start and gap == windows[row, start:start + length].tolist()
         assert left + gap + right == np.maximum(windows, ~windows)[row].tolist()
 
 
@@ -99,12 +99,11 @@ def test_a_hole_is_filled_by_the_sampler_and_guessed_as_hugging_face_continues(b
     pairs = evaluation.fill_holes(model, holes, 99)
 
     for (found, guess), (left, gap, right) in zip(pairs, holes, strict=True):
-        start, end = len(left), len(left) + len(gap)
+        start, prompt, more = len(left), left + [model.mask_id] * len(gap) + right, 0
         if block_size:
-            [alone], _ = convert.generate(model, [left], 7, 99)
-        else:
-            [alone], _ = convert.generate(model, [left + [model.mask_id] * len(gap) + right], 0, 99)
-        assert found == alone[start:end]
+            prompt, more = left, 7
+        [alone], _ = convert.generate(model, [prompt], more, 99)
+        assert found == alone[start:start + len(gap)]
         with model.original_model() as lm:
             ids = torch.tensor([left])
             for _ in gap:
