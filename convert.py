@@ -10,7 +10,7 @@
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, own_text.py, model_files.py, runs.py, terminal.py, probe.py, machine.py and
+corpus.py, bpe.py, own_text.py, model_files.py, runs.py, terminal.py, probe.py, machine.py and
 processes.py, and after main().
 """
 import contextlib

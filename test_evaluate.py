@@ -94,7 +94,7 @@ def test_holes_are_in_the_middle_of_windows_seeded_and_without_context():
 @cases("block_size", [0, 4])
 def test_a_hole_is_filled_by_the_sampler_and_guessed_as_hugging_face_continues(block_size):
     model = diffusion(random_lm("mistral", **WINDOW), "linear", 10, block_size=block_size)
-    lengths = [(10, 4, 18), (8, 7, 17), (20, 5, 7)]  # the texts too differ in length
+    lengths = [(10, 4, 18), (8, 7, 17), (20, 5, 7)]
     holes = [[random_ids(n).tolist() for n in parts] for parts in lengths]
     pairs = evaluation.fill_holes(model, holes, 99)
 
