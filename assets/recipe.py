@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 150
+STEPS = 120
 COMMON = ("--log_steps=50 --eval_steps=1000000 --save_steps=0 --keep_checkpoints=1 "
           "--eval_samples=128").split()
 CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.15 "
@@ -29,7 +29,7 @@ WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
 ROWS = {
     "whole sequence": (WHOLE, ""),
     "whole sequence, from scratch": (WHOLE, "SCRATCH"),
-    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=400"),
+    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
     "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
     "whole sequence, one stage with AR loss":
         (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
@@ -46,8 +46,6 @@ ROWS = {
         (BLOCKS, *(f"--block_size={size} --max_steps={STEPS // 4}" for size in (2, 4, 8, 16))),
     "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
     "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
-    "blocks of 4, all fully masked": (BLOCKS, "--full_mask_share=1"),
-    "blocks of 4, time embedding": (BLOCKS, "--use_time_embedding"),
     "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=100000"),
     "blocks of 4, adapters": (BLOCKS, "--use_lora"),
     "blocks of 4, adapters, own text alone":
@@ -64,12 +62,14 @@ def convert(*args):
 
 
 def ar_model(seed, out):
-    """The folder of the AR model of a seed, trained if it is not there."""
-    folder = out / f"ar_{seed}"
-    if not (folder / "final").exists():
+    """The folder of the AR model of a seed, trained if it is not there, without what a conversion
+    would go on from."""
+    folder, plain = out / f"ar_{seed}", out / f"plain_{seed}"
+    if not plain.exists():
         convert(ROOT / WHOLE, *COMMON, "--max_steps=250", "--stage1_epochs=0", "--stage2_epochs=0",
                 "--stage3_epochs=0", f"--seed={seed}", f"--out_dir={folder}", "--resume")
-    return folder / "final"
+        shutil.copytree(folder / "final", plain, ignore=shutil.ignore_patterns("diffusion.*"))
+    return plain
 
 
 def run_row(name, seed, out):

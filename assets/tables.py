@@ -47,7 +47,7 @@ def stages():
     after = {"1": first["2"], "2": first["3"], "3": evaluations[-1]}
     what = {
         "1": ["1 attention adaptation", "attention, mask, time embedding", "0.5x", "diffusion"],
-        "2": ["2 diffusion", "everything", "1x", "diffusion"],
+        "2": ["2 diffusion", "everything", "1x", "diffusion + 0.5 AR"],
         "3": ["3 recovery", "everything", "0.3x", "diffusion + 0.5 AR"],
     }
     head = ["stage", "trains", "learning rate", "loss", "`eval_nelbo`", "`ar_ppl`"]
@@ -250,8 +250,14 @@ def options():
     return table(["processes", "options", "estimated, GB each", "measured, GB each"], *rows)
 
 
+def screen():
+    """What config/tiny.py's run prints in the end."""
+    text = (HERE / "tiny_screen.txt").read_text()
+    return ["```", *text.strip("\n").splitlines(), "```"]
+
+
 PAGES = {
-    "README.md": [blocks, stages, sizes],
+    "README.md": [screen, blocks, stages, sizes],
     "assets/recipe.md": [recipe],
     "assets/blocks.md": [ablation, masks, sampling],
     "assets/memory.md": [cards, estimates, options, gpu, speed],
