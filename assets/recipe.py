@@ -26,30 +26,30 @@ BLOCK = "--stage3_epochs=0 --stage2_epochs=1.35 --on_policy_tokens=0".split()
 
 # name of the choice: (config file, flags of one run, or of several that go on from one another)
 WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
-ROWS = {
+ROWS = {  # the first matter most
     "whole sequence": (WHOLE, ""),
+    "blocks of 4": (BLOCKS, ""),
+    "blocks of 8": (BLOCKS, "--block_size=8"),
     "whole sequence, from scratch": (WHOLE, "SCRATCH"),
-    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
-    "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
+    "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=50000"),
+    "blocks of 4, adapters": (BLOCKS, "--use_lora"),
+    "blocks of 4, adapters, own text alone":
+        (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
     "whole sequence, one stage with AR loss":
         (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
     "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
-    "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
     "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
-    "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
-    "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
-    "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
-    "blocks of 4": (BLOCKS, ""),
-    "blocks of 8": (BLOCKS, "--block_size=8"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
     "blocks of 2, 4, 8, 16 in turn":
         (BLOCKS, *(f"--block_size={size} --max_steps={STEPS // 4}" for size in (2, 4, 8, 16))),
     "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
     "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
-    "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=100000"),
-    "blocks of 4, adapters": (BLOCKS, "--use_lora"),
-    "blocks of 4, adapters, own text alone":
-        (BLOCKS, "--use_lora --on_policy_tokens=200000 --on_policy_share=1"),
+    "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
+    "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
+    "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
+    "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
+    "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
+    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
 }
 
 
@@ -97,12 +97,13 @@ def main(log, *flags):
     """Run what has no row yet, and append its rows to the log."""
     options = {"seeds": "1,2,3", "jobs": "2", "only": "", "out": "outputs/recipe"}
     options |= dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    log, out, seeds = Path(log), Path(options["out"]), map(int, options["seeds"].split(","))
+    log, out = Path(log), Path(options["out"])
+    seeds = [int(seed) for seed in options["seeds"].split(",")]
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(row["name"], row["seed"]) for row in rows}
-    todo = [(name, seed) for seed in seeds for name in ROWS
+    todo = [(name, seed) for name in ROWS for seed in seeds
             if options["only"] in name and (name, seed) not in done]
-    for seed in {seed for _, seed in todo}:  # first, as all rows of a seed start there
+    for seed in seeds:  # first, as all rows of a seed start there
         ar_model(seed, out)
     with ThreadPoolExecutor(int(options["jobs"])) as pool:
         for row in pool.map(lambda what: run_row(*what, out), todo):
