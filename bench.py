@@ -43,6 +43,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bpe
 import configurator
 import convert
 import corpus
@@ -100,6 +101,11 @@ def use(settings):
     configurator.show_library_errors = convert.debug
 
 
+def kept_tokenizer():
+    """The tokenizer_name of convert.py, or where the one that it trains on the data is kept."""
+    return bpe.tokenizer_of(SimpleNamespace(**settings_in(vars(convert))))
+
+
 # --------------------------------------------------------------------------------------------------
 # What is timed. Each function builds a model and returns work(what), which does one piece of work
 # and tells how long it took. It runs in a process of its own, so that its memory is its own.
@@ -113,7 +119,7 @@ def build(for_training=True):
         ours = None  # a converted model knows its own
     torch.manual_seed(convert.seed)
     as_dtype = None if for_training else autocast.fast_dtype
-    model, tokenizer = convert.load_model(name, device, ours, convert.tokenizer_name, config_json,
+    model, tokenizer = convert.load_model(name, device, ours, kept_tokenizer(), config_json,
                                           as_dtype)
     probe.check_length(model, convert.max_seq_length)
     return device, autocast, model.to(device), tokenizer
@@ -654,7 +660,9 @@ def memory_savers(config, limit_gb, process_gb):
 
 def measure_memory(limit_gb, loaded_gb=0.0):
     """A row of estimate and memory savers, printed. loaded_gb: weights already in the process."""
-    tokenizer = model_files.byte_tokenizer() if convert.tokenizer_name == "bytes" else None
+    tokenizer = None
+    if convert.tokenizer_name in ("bytes", "bpe"):  # others are as large as their model says
+        tokenizer = model_files.load_tokenizer("", kept_tokenizer(), {})
     config = model_files.load_config(convert.model_name, convert.model_config, tokenizer)
     process_gb = max(0.0, memory_gb(torch.device("cpu"))[0] - loaded_gb)
     parts = estimate_memory(config, {}, process_gb)

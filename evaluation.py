@@ -59,7 +59,7 @@ NO_AUTOCAST = contextlib.nullcontext()  # the weights are in the dtype asked for
 def check_flags(s):
     """Raise UserError for flags that exclude one another, and for what is not there. s: the
     settings of sample.py."""
-    for name in ("verify", "compare", "watch", "trace", "prompts", "chat"):
+    for name in ("prompt", "prompts", "chat", "verify", "compare", "watch", "trace"):
         if vars(s)[name]:
             raise UserError(f"{name}: is of samples, which --evaluate and --tasks do not write")
     if (s.tasks_folder or s.tasks_mode != "ar") and not s.tasks:

@@ -4,6 +4,7 @@ convert.main() calls finish() once final/ is saved. The figures are also kept in
 out_dir/result.json, from which report.py takes them.
 """
 import json
+import os
 import random
 import shlex
 import signal
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import processes
-from configurator import RunError, errors_as, out_of_memory
+from configurator import RunError, UserError, errors_as, first_line
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
 from evaluation import cut_holes, fill_holes
@@ -226,21 +227,23 @@ def percent(name, shares):
 
 
 def show(model, tokenizer, val_data, autocast, out, s):
-    """Measure, print the screen, keep it in out/result.json, write the report."""
+    """Measure, print the screen, keep it in out/result.json, write the report. What cannot be
+    measured is told in one line, as the run is saved."""
     result = figures_of(read_run(out))
     model.eval()
     try:
         if not processes.is_sharded(model):
-            with eagerly(s.compile_model), model.attention(model.kernel), autocast:
+            with (errors_as("on held-out text", RunError), eagerly(s.compile_model),
+                  model.attention(model.kernel), autocast):
                 result |= measure(model, tokenizer, val_data, s)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        print("out of memory: no examples are shown")
+    except (UserError, RuntimeError) as error:  # errors_as() leaves a lack of memory as it is
+        print(f"no examples are shown: {first_line(error)}")
     room = s.max_seq_length - len(encode_prompt(model, tokenizer, s.sample_prompt, 0))
     print(screen(result, out, s, room))
+    temporary = out / ".result.json.new"  # a kill leaves a whole file or none
     with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, out / "result.json")
     report_on_run(out, model, tokenizer, autocast)
 
 
@@ -250,7 +253,8 @@ def finish(model, tokenizer, val_data, autocast, out, s):
     All is saved by now: a signal ends the process at once, and a lack of memory costs the examples
     alone. With a sharded model there are none, as every process would have to write them.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning: nothing is left to save
     processes.from_rank_0(show, model, tokenizer, val_data, autocast, out, s)

@@ -44,7 +44,7 @@ def read_run(out):
     if folders:
         record = convert.read_record(folders[0])
     if (out / "result.json").exists():
-        with errors_as(f"{out}/result.json cannot be read"):
+        with errors_as(f"{out}/result.json is damaged, delete it"):
             result = dict(json.loads((out / "result.json").read_text("utf-8")))
     return {"out": out, "rows": rows,
             "evals": [row for row in rows if "eval_nelbo" in row],

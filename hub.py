@@ -43,7 +43,8 @@ def check_hub(setting, name, kind="model"):
     """Raise UserError for a name that neither the hub has, nor its cache while the hub does not
     answer. In that case libraries are told not to ask it either."""
     there, why = ask_hub(name, kind)
-    near = did_you_mean(name, [str(p) for p in Path(name).parent.glob("*")])
+    built_in = {"dataset_name": ["pydoc", "world"], "tokenizer_name": ["bytes", "bpe"]}
+    near = did_you_mean(name, [*map(str, Path(name).parent.glob("*")), *built_in.get(setting, [])])
     if there is False:
         raise UserError(f"{setting}: there is no folder and no {kind} on the hub '{name}'{near}; "
                         "for a private one: hf auth login")

@@ -77,7 +77,7 @@ allowed = dict.fromkeys((
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
 }
-HOLE = r"\[MASK(?::(\d{1,6}))?\]"  # in a prompt: so many masks, or one
+HOLE = r"\[MASK(?::([1-9]\d{0,5}))?\]"  # in a prompt: so many masks, or one
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,6 +198,9 @@ def encode(model, tokenizer, text):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     parts = re.split(hole_in(tokenizer), text)
+    if wrong := re.search(r"\[MASK:[^\]]{,20}\]?", "".join(parts[::2])):
+        raise UserError(f"prompt: {wrong[0]!r} is no hole; [MASK:12] is one of 12 tokens, [MASK] "
+                        "of one")
     if len(parts) == 1:
         beyond = 2 * drafts + 2 if verify else 0  # where masks stand
         start = [] if chat else None  # a chat template writes BOS itself
@@ -335,7 +338,7 @@ def main(argv):
     if watch and (verify or prompts):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
     s = SimpleNamespace(**settings_in(globals()))
-    if evaluate or tasks or tasks_folder:
+    if evaluate or tasks or tasks_folder or tasks_mode != "ar":
         import evaluation  # not needed to write text
         evaluation.check_flags(s)
     texts, target = read_prompts(), pick_device(device)

@@ -1308,6 +1308,7 @@ WRONG_SAMPLES = {  # of a block model: flags, a word of the error
     "--out_dir=nowhere": "nowhere", "--checkpoint=nowhere": "nowhere", "--watch": "terminal",
     "--steps=0": "steps", "--max_new_tokens=9999": "positions", "--threshold=1.5": "threshold",
     "--device=cuda:9": "device", "--prompt=a [MASK:3] b": "[MASK:...]", "--order=best": "order",
+    "--prompt=a [MASK:0]": "[MASK:0]", "--tasks_mode=diffusion": "--tasks",
     "--verify --drafts=4": "drafts", "--compare": "verify", "--prompt=" + "x" * 600: "positions",
     "--prompts=nowhere": "nowhere", "--chat": "chat template", "--verify --trace=x": "trace",
     "--trace=no/t.html --max_new_tokens=4": "no/t.html", "--prompts=empty.txt": "empty.txt",
