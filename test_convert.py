@@ -1573,7 +1573,7 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
     ("own_text.py", 120, 6000),
     ("model_files.py", 345, 16000), ("runs.py", 320, 16500), ("terminal.py", 230, 11000),
     ("hub.py", 70, 3500), ("probe.py", 140, 7000), ("machine.py", 240, 11500),
-    ("processes.py", 370, 14500), ("sample.py", 390, 19500), ("bench.py", 920, 44000),
+    ("processes.py", 370, 14500), ("sample.py", 390, 20000), ("bench.py", 925, 44200),
     ("configurator.py", 220, 10700), ("report.py", 350, 17500), ("finish.py", 310, 14500),
     ("replay.py", 60, 2500), ("history.py", 135, 6500),
     ("test_convert.py", 2620, 130500), ("test_finish.py", 160, 8500),
@@ -1713,7 +1713,8 @@ def test_a_run_end_to_end(run):
     assert {row["ar_ppl_before"] for row in evals[2:]} == {evals[1]["ar_ppl"]}
     assert all(row["sample"].startswith("The ") for row in evals)
     assert {path.name for path in Path("out").iterdir()} == {
-        "checkpoint_12", "checkpoint_9", "final", "report.html", "training_logs.jsonl"}
+        "checkpoint_12", "checkpoint_9", "final", "report.html", "result.json",
+        "training_logs.jsonl"}
 
     ids, ppl = held_out(AutoModelForCausalLM.from_pretrained("out/final"), 48)
     assert ppl == pytest.approx(evals[-1]["ar_ppl"], rel=1e-4), "plain transformers"
@@ -1837,7 +1838,8 @@ def test_foreign_files_damage_nothing_and_only_intact_checkpoints_are_kept(run):
         Path(f"out/{name}/config.json").unlink()
     run("--resume --keep_checkpoints=1 --save_steps=1")
     left = {path.name for path in Path("out").iterdir() if "damaged" not in path.name}
-    assert left == {"checkpoint_12", "final", "report.html", "training_logs.jsonl", ".mine.tmp"}
+    assert left == {"checkpoint_12", "final", "report.html", "result.json", "training_logs.jsonl",
+                    ".mine.tmp"}
     assert Path("out/checkpoint_12/config.json").exists()
 
 
