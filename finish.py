@@ -30,10 +30,10 @@ from terminal import duration, quoted_text
 # --------------------------------------------------------------------------------------------------
 # Texts and holes
 def held_out(tokenizer, val_data, s):
-    """Held-out texts to show: up to 50 stories of the world, or 8 windows of other data."""
+    """Held-out texts to show: up to 50 stories of the world, or 4 windows of other data."""
     if s.dataset_name == "world":
         return read_corpus("world", "", "train", "", "")["held"][:50]
-    ids = [[max(x, ~x) for x in window[:64].tolist()] for window in val_data[:8]]
+    ids = [[max(x, ~x) for x in window[:64].tolist()] for window in val_data[:4]]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

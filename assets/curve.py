@@ -21,6 +21,6 @@ axis.set(xlabel="optimizer step", ylabel="nats per held-out token", yscale="log"
 axis.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
 for stage, start in {row["stage"]: row["step"] for row in reversed(rows)}.items():
     axis.axvline(start, color="0.85", zorder=0)
-    axis.text(start + 4, 12.5, stage.replace(" ", "\n"), va="top", fontsize=8)
-axis.legend(frameon=False, loc="center right")
+    axis.text(start + 4, 12.5, stage, va="top", fontsize=8, rotation=90)
+axis.legend(frameon=False, loc="center right", bbox_to_anchor=(0.86, 0.6))
 figure.savefig(sys.argv[2], dpi=110)
