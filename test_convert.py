@@ -2395,7 +2395,7 @@ def test_the_ladder_takes_the_cheapest_memory_savers_that_help(small_settings, m
 
 def test_an_estimate_takes_no_more_than_it_says(tmp_path):
     flags = [str(HERE / "config/tiny.py"), "--estimate", "--batch_size=512", "--block_size=4",
-             "--gradient_accumulation_steps=64"]
+             "--max_seq_length=256", "--gradient_accumulation_steps=64"]
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import bench; "
             f"bench.main({flags}); print(bench.memory_gb(bench.torch.device('cpu'))[0])")
     out = script("-c", code, cwd=tmp_path)[0].splitlines()
