@@ -96,7 +96,11 @@ def run_row(name, seed, out):
 def main(log, *flags):
     """Run what has no row yet, and append its rows to the log."""
     options = {"seeds": "1,2,3", "jobs": "2", "only": "", "out": "outputs/recipe"}
-    options |= dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        if name not in options:
+            sys.exit(f"{flag}: there are --{', --'.join(options)}")
+        options[name] = value
     log, out = Path(log), Path(options["out"])
     seeds = [int(seed) for seed in options["seeds"].split(",")]
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -114,4 +118,6 @@ def main(log, *flags):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])
