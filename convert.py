@@ -58,7 +58,7 @@ from terminal import log_evaluation, log_step, print_plan
 # model
 model_name = "openai-community/gpt2"  # hub name, folder, .gguf file, or an earlier run's final/
 model_config = ""  # JSON of a Hugging Face config: random weights, to be trained in stage 0
-tokenizer_name = ""  # "": the model's own; "bytes": one token per byte; else a hub name or folder
+tokenizer_name = ""  # "": the model's own; bytes; bpe, trained on the data; a hub name or folder
 use_bidirectional_attention = True  # False: attention stays causal, for ablations
 use_time_embedding = True  # tell masked positions how noisy their window or block is
 block_size = 0  # tokens per block of block diffusion; 0: the whole window is one block
@@ -70,7 +70,7 @@ lora_dropout = 0.0  # dropout on the adapter's input
 load_in_4bit = False  # the frozen model in 4 bits (QLoRA): half a byte per parameter, not 2
 lora_targets = "auto"  # auto: all linear layers; attention: its own; or names, comma-separated
 # data
-dataset_name = "Salesforce/wikitext"  # hub name, pydoc, or .txt .jsonl .json .csv .parquet files
+dataset_name = "Salesforce/wikitext"  # hub name, pydoc, world, .txt .jsonl .json .csv .parquet
 dataset_config = "wikitext-103-raw-v1"  # configuration of a hub data set; "": its default
 dataset_split = "train"  # split to train on, as train_sft; test splits are left alone
 text_column = "text"  # column with the text; a table of messages or prompts is chat data
