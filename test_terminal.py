@@ -247,8 +247,10 @@ def test_a_log_holds_our_lines_alone(tmp_path, monkeypatch, model, data):
         capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     ours = ("device: ", "model: ", "attention: ", "data: ", "step: ", "stage ", "2 diffusion ",
-            "    sample: ", "            ", "done: ")
-    other = [line for line in done.stdout.splitlines() if line and not line.startswith(ours)]
+            "    sample: ", "            ")
+    log, screen, after = done.stdout.split("-" * 80)
+    other = [line for line in log.splitlines() if line and not line.startswith(ours)]
+    assert "done: out/final" in screen and after == "\nreport: out/report.html\n"
     assert not other and "attention: sdpa, causal as it came, bidirectional" in done.stdout
 
 

@@ -156,8 +156,8 @@ def recipe():
         off = over_seeds(of_name, lambda r: r["eval_nelbo"] / whole[r["seed"]] - 1, "+.0%")
         off = "" if "own text alone" in name else off.replace("± +", "± ")
         nelbo, *others = choice_figures(of_name)
-        rows.append([name, nelbo, off, *others])
-    return table(["choice", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]], *rows)
+        rows.append([name, str(len(of_name)), nelbo, off, *others])
+    return table(["choice", "seeds", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]], *rows)
 
 
 def blocks():
