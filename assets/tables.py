@@ -129,8 +129,10 @@ def over_seeds(rows, value, form):
         values = [value(r) for r in rows]
     except KeyError:
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{form}} ± {spread:{form}}"
+    mean = f"{statistics.fmean(values):{form}}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):{form.removeprefix('+')}}"
 
 
 def choice_figures(rows):
@@ -154,8 +156,12 @@ def recipe():
     whole = {r["seed"]: r["eval_nelbo"] for r in found["whole sequence"]}
     for name, of_name in found.items():
         off = over_seeds(of_name, lambda r: r["eval_nelbo"] / whole[r["seed"]] - 1, "+.0%")
-        off = "" if "own text alone" in name else off.replace("± +", "± ")
-        nelbo, *others = choice_figures(of_name)
+        if "own text alone" in name:  # measured on other text
+            off = ""
+        nelbo, ar_ppl, *others = choice_figures(of_name)
+        if "scratch" in name:  # there was no AR model before
+            ar_ppl = ""
+        others = [ar_ppl, *others]
         rows.append([name, str(len(of_name)), nelbo, off, *others])
     return table(["choice", "seeds", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]], *rows)
 
