@@ -1577,7 +1577,7 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
     ("configurator.py", 220, 10700), ("report.py", 350, 17500), ("finish.py", 310, 14500),
     ("replay.py", 60, 2500), ("history.py", 135, 6500),
     ("test_convert.py", 2620, 130500), ("test_finish.py", 160, 8500),
-    ("test_report.py", 250, 12500), ("test_terminal.py", 310, 15000),
+    ("test_report.py", 250, 12500), ("test_terminal.py", 310, 15100),
     ("test_processes.py", 340, 16500), ("test_faults.py", 740, 31500),
     ("evaluation.py", 330, 16000), ("harness.py", 230, 11600), ("test_evaluate.py", 350, 17350),
     ("README.md", 250, 15600)])
