@@ -124,9 +124,7 @@ def read_corpus(name, config, split, column, cache, answered=False):
         texts = [re.sub(" {2,}", " ", text) for text in topics.values()]
         return {"train": texts, "held": None, "lines": 1, "chat": False, "key": sys.version}
     if name == "world":
-        stories, held = world().write_stories(1_200_000), world().write_stories(40_000, seed=1)
-        known = set(stories)
-        held = [story for story in held if story not in known]
+        stories, held = world().train_and_held_out()
         return {"train": stories, "held": held, "lines": 1, "chat": False, "key": "world 6"}
     train, held, kind = load_splits(name, config, split, cache)
     has = train.column_names

@@ -4,7 +4,6 @@ convert.main() calls finish() once final/ is saved. The figures are also kept in
 out_dir/result.json, from which report.py takes them.
 """
 import json
-import os
 import random
 import shlex
 import signal
@@ -17,12 +16,13 @@ from tqdm import tqdm
 import processes
 from configurator import RunError, UserError, errors_as, first_line
 from convert import generate
-from corpus import encode_prompt, end_ids, end_of, opening, read_corpus, world
+from corpus import encode_prompt, end_ids, end_of, opening, world
 from evaluation import cut_holes, fill_holes
 from history import before_and_after, is_number, read_run
 from machine import eagerly
 from replay import text_after
 from report import report_on_run
+from runs import write_whole
 from sample import decode_verified
 from terminal import duration, quoted_text
 
@@ -32,7 +32,7 @@ from terminal import duration, quoted_text
 def held_out(tokenizer, val_data, s):
     """Held-out texts to show: up to 50 stories of the world, or 4 windows of other data."""
     if s.dataset_name == "world":
-        return read_corpus("world", "", "train", "", "")["held"][:50]
+        return world().train_and_held_out()[1][:50]
     ids = [[max(x, ~x) for x in window[:64].tolist()] for window in val_data[:4]]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
@@ -240,10 +240,8 @@ def show(model, tokenizer, val_data, autocast, out, s):
         print(f"no examples are shown: {first_line(error)}")
     room = s.max_seq_length - len(encode_prompt(model, tokenizer, s.sample_prompt, 0))
     print(screen(result, out, s, room))
-    temporary = out / ".result.json.new"  # a kill leaves a whole file or none
     with errors_as(f"out_dir: cannot write {out / 'result.json'}", RunError):
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, out / "result.json")
+        write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     report_on_run(out, model, tokenizer, autocast)
 
 

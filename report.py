@@ -10,7 +10,6 @@ model card, out_dir/final/README.md, if there is none yet.
 import html
 import json
 import math
-import os
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +25,7 @@ from history import (
     versions, warnings)
 from machine import eagerly, pick_autocast, pick_device
 from replay import trace_page
+from runs import write_whole
 from sample import folder_to_read
 
 # ----------------------------------------------------------------------------------------------
@@ -302,12 +302,7 @@ def write(out, replayed):
     if run["finished"] and not (out / "final/README.md").exists():
         files[out / "final/README.md"] = card(run)
     for path, text in files.items():
-        temporary = path.with_name(f"{path.name}.new")
-        try:
-            temporary.write_text(text, "utf-8", "replace")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, text)
     print(f"report: {out}/report.html")
 
 

@@ -138,6 +138,16 @@ def start_wandb(s, state):
     return run
 
 
+def write_whole(path, text):
+    """Write a file of text, so that a kill or a full disk leaves a whole one, or the one before."""
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        temporary.write_text(text, "utf-8", "replace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------
 # Checkpoints
 def save(out, name, model, tokenizer, s, ours, state, log, training=None, own_text=None):

@@ -87,6 +87,14 @@ def write_stories(n_bytes, seed=0):
     return stories
 
 
+@functools.cache  # a run asks three times: for its tokenizer, its windows and its last screen
+def train_and_held_out():
+    """(Stories to train on, stories held out, none of which is among the first)."""
+    stories = write_stories(1_200_000)
+    known = set(stories)
+    return stories, [story for story in write_stories(40_000, seed=1) if story not in known]
+
+
 def judge(story):
     """Of each whole sentence of a story, whether it may stand there. Behind a wrong one the story
     may go on as behind any right one in its place."""
