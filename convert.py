@@ -52,7 +52,7 @@ from probe import decoder_layers, probe, rounding
 from runs import (
     check_disk, check_settings, cut_back, find_checkpoint, load_training, open_log, save,
     try_to_save)
-from terminal import log_evaluation, log_step, print_plan
+from terminal import LOSSES, log_evaluation, log_step, print_plan
 
 # ----------------------------------------------------------------------------------------------
 # model
@@ -853,6 +853,9 @@ def make_stages(n_windows):
             stage["ar"] = lm_loss_weight
         if number == "0":
             stage |= {"diffusion": 0.0, "ar": 1.0, "distill": 0.0}
+        if stage["epochs"] and not any(stage[part] for part in LOSSES):
+            raise UserError(f"stage{number}_epochs: the stage has no loss; give one a weight, as "
+                            "diffusion_loss_weight, or set its epochs to 0")
         if on_policy_tokens and stage["diffusion"]:
             most = per_step - 1 if on_policy_share < 1 else per_step  # the data keeps one window
             stage["n_on_policy"] = min(max(1, round(on_policy_share * per_step)), most)

@@ -66,7 +66,7 @@ def check_flags(s):
         raise UserError("tasks_folder, tasks_mode: need --tasks=NAME, comma-separated")
     if s.tasks_folder and not Path(s.tasks_folder).is_dir():
         raise UserError(f"tasks_folder: there is no folder '{s.tasks_folder}'")
-    if s.evaluate and s.evaluate != "pydoc" and not Path(s.evaluate).exists():
+    if s.evaluate and s.evaluate not in ("pydoc", "world") and not Path(s.evaluate).exists():
         raise UserError(f"evaluate: there is no '{s.evaluate}'; it takes a file or a folder")
     needed = {}
     if s.tasks:

@@ -18,7 +18,7 @@ from configurator import RunError, UserError, errors_as, first_line
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, world
 from evaluation import cut_holes, fill_holes
-from history import before_and_after, is_number, read_run
+from history import SHARES, before_and_after, is_number, read_run
 from machine import eagerly
 from replay import text_after
 from report import report_on_run
@@ -105,6 +105,7 @@ def measure(model, tokenizer, val_data, s):
     starts = [text[:text.find(".") + 1] if is_world else text[:len(text) // 3] for text in texts]
     prompts = [encode_prompt(model, tokenizer, start, 0)[:s.max_seq_length // 3 or 1]
                for start in starts]
+    starts = tokenizer.batch_decode(prompts, skip_special_tokens=True)  # they may be cut
     n_new = max(1, min(32, s.max_seq_length // 2 - 8))
     longest = max(map(len, prompts))
     if is_world:  # a story fills a window
@@ -193,11 +194,9 @@ def screen(result, out, s, room):
                   f"    diffusion, from both sides    {hole['filled']!r}",
                   f"    AR model, from the left       {hole['ar_guess']!r}",
                   f"    the text has                  {hole['answer']!r}"]
-    if "accepted" in result:
-        lines += ["", f"{'judged by the grammar':34}{'AR model':>10}{'diffusion':>10}",
-                  percent("sentences that are right", result["accepted"])]
-    if "holes_right" in result:
-        lines.append(percent("holes filled rightly", result["holes_right"]))
+    shares = [percent(name, result[key]) for key, name in SHARES.items() if key in result]
+    if shares:
+        lines += ["", f"{'judged by the grammar':34}{'AR model':>10}{'diffusion':>10}", *shares]
     if "verify" in result:
         verify = result["verify"]
         lines += ["", "verified decoding, beside plain AR decoding:",

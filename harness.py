@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from configurator import UserError, did_you_mean, errors_as, first_line
+from configurator import RunError, UserError, did_you_mean, errors_as, first_line
 from convert import generate, window_losses, with_less_memory
 from corpus import end_ids, end_of, seed_for
 
@@ -218,8 +218,9 @@ def task_figures(model, tokenizer, s):
     with contextlib.redirect_stdout(sys.stderr):
         loaded = load_tasks(names, s.tasks_folder)
         lm = Converted(model, tokenizer, s)
-        results = lm_eval.evaluate(lm, loaded, limit=s.tasks_limit or None, log_samples=False,
-                                   bootstrap_iters=1000)
+        with errors_as(f"tasks: {s.tasks} failed", RunError):
+            results = lm_eval.evaluate(lm, loaded, limit=s.tasks_limit or None, log_samples=False,
+                                       bootstrap_iters=1000)
     found = {name: {key: value for key, value in figures.items() if not isinstance(value, str)}
              for name, figures in results["results"].items()}  # texts are names and "N/A"
     row = {"tasks": found, "tasks_mode": s.tasks_mode, "lm_eval": lm_eval.__version__,

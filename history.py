@@ -10,6 +10,7 @@ from configurator import UserError, errors_as
 from corpus import left_out
 from model_files import checkpoints
 
+SHARES = {"accepted": "sentences that are right", "holes_right": "holes filled rightly"}
 NOT_REPEATED = "resume", "checkpoint", "debug", "out_dir"  # settings that a new run does without
 
 

@@ -21,12 +21,13 @@ from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run)
 from corpus import encode_prompt
 from history import (
-    NOT_REPEATED, before_and_after, changed, command, is_number, number, read_run, stage_rows,
-    versions, warnings)
+    NOT_REPEATED, SHARES, before_and_after, changed, command, is_number, number, read_run,
+    stage_rows, versions, warnings)
 from machine import eagerly, pick_autocast, pick_device
 from replay import trace_page
 from runs import write_whole
 from sample import folder_to_read
+from terminal import duration
 
 # ----------------------------------------------------------------------------------------------
 # run
@@ -173,13 +174,18 @@ def block(text):
 
 
 def results(run):
-    """What result.json adds: figures, a hole that was filled, samples."""
-    result, rows = dict(run["result"]), []
-    hole, texts = result.pop("hole", None), result.pop("samples", None) or []
-    for name, value in result.items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [{"figure": f"{name} {part}".strip(), "value": x} for part, x in parts]
-    found = [table(rows, "Measured at the end")]
+    """What result.json adds to the tiles: shares, verified decoding, a filled hole, samples."""
+    result = run["result"]
+    hole, texts, verify = (result.get(key) for key in ("hole", "samples", "verify"))
+    rows = [{"judged by the grammar": name, "AR model": percent(result[key].get("ar")),
+             "diffusion": percent(result[key].get("diffusion"))}
+            for key, name in SHARES.items() if key in result]
+    found = [table(rows, "Shares at the end")]
+    if verify:
+        equal, of, drafts = (escape(verify.get(key)) for key in (
+            "equal", "texts", "accepted_per_check"))
+        found += [f"<p>Verified decoding: {equal} of {of} texts are those of plain AR decoding, "
+                  f"{drafts} drafts are accepted in a check.</p>"]
     if hole:
         left, right, filled, answer, guess = (
             escape(hole.get(key)) for key in ("left", "right", "filled", "answer", "ar_guess"))
@@ -189,18 +195,25 @@ def results(run):
     return found + (["<h3>Samples</h3>", *map(block, texts)] if texts else [])
 
 
+def percent(share):
+    """A share as a percentage; a dash for what is none."""
+    return f"{share:.1%}" if is_number(share) else number(share)
+
+
 def tiles(run):
     """The figures that say most, each with what it was before."""
     first, last = before_and_after(run)
     before, verify = first | {"ar_ppl": last.get("ar_ppl_before")}, run["result"].get("verify", {})
-    found = [(name, last.get(key), f"before {number(before.get(key))}") for name, key in (
+    minutes, none = run["result"].get("minutes"), number(None)
+    took = duration(60 * minutes) if is_number(minutes) else none
+    found = [(name, number(last.get(key)), f"before {number(before.get(key))}") for name, key in (
         ("eval_nelbo, nats per token", "eval_nelbo"), ("bits per byte", "eval_bpb"),
         ("ar_ppl", "ar_ppl"))]
-    found += [("tokens per forward", verify.get("tokens_per_forward"),
+    found += [("tokens per forward", number(verify.get("tokens_per_forward")),
                f"speed over AR {number(verify.get('speed_over_ar'))}"),
-              ("minutes", run["result"].get("minutes"), f"{number(run['rows'][-1]['step'])} steps")]
-    return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}<small>{note}</small></dd></div>"
-                   for name, value, note in found if is_number(value))
+              ("training", took, f"{number(run['rows'][-1]['step'])} steps")]
+    return "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
+                   for name, value, note in found if value != none)
 
 
 def page(run, replayed):
@@ -214,7 +227,7 @@ def page(run, replayed):
     settings = [{"setting": name, "value": str(value), "default": str(default)}
                 for name, (value, default) in changed(run).items()]
     sections = {
-        "Warnings": [notes and f'<ul class="warnings">{notes}</ul>'],
+        "Warnings and notes": [notes and f'<ul class="warnings">{notes}</ul>'],
         "Curves": [curves(run), folded("The numbers", table(logged, "On held-out text"))],
         "It learns: the same prompt at each evaluation": [samples(run)],
         "Unmasking": [frame],

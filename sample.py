@@ -50,7 +50,7 @@ drafts = 3  # drafted tokens beyond the next, which is exact; at most block_size
 branches = 4  # a check also drafts behind 0, 1, ... accepted tokens; 0: in a pass of its own
 compare = False  # decode the same with plain AR as well: its speed, and how many texts are equal
 # evaluation
-evaluate = ""  # figures on this text: a file or folder as convert.py reads, or pydoc
+evaluate = ""  # figures on this text: a file or folder as convert.py reads; pydoc; world
 eval_samples = 128  # windows of it at most; 0: all, in order
 text_column = "text"  # its column with the text
 infill_spans = 100  # holes of 4 to 12 tokens cut into it; 0: no infilling

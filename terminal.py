@@ -177,7 +177,7 @@ def log_losses(norm, lr, memory, left, s, stage, state, log):
     row = {"loss": math.fsum(means.values()), **{f"loss_{k}": x for k, x in parts.items()},
            "lr": lr, "grad_norm": norm, "tokens": state["tokens"], "tokens_per_s": tokens_per_s,
            "memory_gb": round(memory, 2)}
-    named = "".join(parts) or "nothing is trained"  # a stage may have no loss
+    named = "".join(parts)
     if len(parts) > 1:
         named = " + ".join(f"{name} {mean:.3f}" for name, mean in parts.items())
     fields = [f"loss {row['loss']:.3f} ({named})", f"{left} left" if log["bar"].disable else "",

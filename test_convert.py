@@ -1358,6 +1358,7 @@ WRONG_INPUTS = {
     small_config(n_embd="64"): "model_config", small_config(n_head=0): "model_config",
     "--checkpoint=out/checkpoint_7": "checkpoint_7", "--max_seq_length=4096": "positions",
     "--stage0_epochs=0 --stage1_epochs=0 --stage2_epochs=0 --stage3_epochs=0": "nothing to train",
+    "--diffusion_loss_weight=0 --lm_loss_stages=3": "stage1_epochs: the stage has no loss",
     "--sample_prompt=" + "x" * 100: "positions", "--auto_memory": "CPU",
 }
 

@@ -72,12 +72,6 @@ def test_rows_have_the_parts_of_their_stage_and_a_resume_between_two_rows_is_exa
     assert rows_of("out") == rows
 
 
-def test_a_stage_in_which_nothing_is_trained_says_so(run):
-    out = run("--diffusion_loss_weight=0 --lm_loss_stages=3 --stage0_epochs=0")
-    assert "loss nan (nothing is trained)" in out or "loss 0.000 (nothing is trained)" in out
-    assert re.search(r"stage 3 .* loss \d+\.\d+ \(ar\)", out)
-
-
 # ----------------------------------------------------------------------------------------------
 # Lines
 def a_log(steps, evaluations=(0, 1)):

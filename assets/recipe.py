@@ -22,6 +22,7 @@ COMMON = ("--log_steps=50 --eval_steps=1000000 --save_steps=0 --keep_checkpoints
 CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.15 "
            "--stage2_epochs=1.1 --stage3_epochs=0.25").split()  # epochs share out the steps
 PLAIN = "--noise_schedule=cosine --lm_loss_stages=3 --lm_loss_weight=0.5".split()  # the defaults
+ONE = "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"  # stage
 BLOCK = "--stage3_epochs=0 --stage2_epochs=1.35 --on_policy_tokens=0".split()
 
 # name of the choice: (config file, flags of one run, or of several that go on from one another)
@@ -36,7 +37,7 @@ ROWS = {  # the first matter most
     "blocks of 4, adapters, own text alone":
         (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
     "whole sequence, one stage with AR loss":
-        (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0 --lm_loss_stages=2"),
+        (WHOLE, f"{ONE} --lm_loss_stages=2"),
     "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
     "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
@@ -47,9 +48,13 @@ ROWS = {  # the first matter most
     "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
     "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
     "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
-    "whole sequence, one stage": (WHOLE, "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"),
+    "whole sequence, one stage": (WHOLE, ONE),
     "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
     "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
+    "whole sequence, three stages, linear, AR loss in 2 and 3":
+        (WHOLE, "--noise_schedule=linear --lm_loss_stages=23"),
+    "whole sequence, one stage, linear, AR loss": (WHOLE, f"--noise_schedule=linear {ONE} "
+                                                   "--lm_loss_stages=2"),
 }
 
 
@@ -80,8 +85,7 @@ def run_row(name, seed, out):
         start = [f"--model_name={model}", *CONVERT]
         start += BLOCK if config == BLOCKS else PLAIN
         if "SCRATCH" in flags:
-            flags = flags.replace("SCRATCH", "--stage0_epochs=0 --stage1_epochs=0 "
-                                  "--stage2_epochs=3 --stage3_epochs=0")
+            flags = flags.replace("SCRATCH", f"--stage0_epochs=0 {ONE}")
             start = PLAIN
         folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
         if not (folder / "result.json").exists():  # killed, perhaps while it measured

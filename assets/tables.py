@@ -167,21 +167,12 @@ def recipe():
 
 
 def blocks():
-    """Five ways to convert, in words."""
-    plain = "--on_policy_tokens=0"
-    time = f"{plain} --use_time_embedding=true"
-    whole = (f"{time} --block_size=0 --full_mask_share=0 --distill_weight=0 --lm_loss_stages=3 "
-             "--lm_loss_weight=0.5")
-    ways = {
-        whole: "whole sequence, as tiny.py, gpt2.py and phi2.py",
-        plain: "blocks of 4, all weights, on the data",
-        "": "the same with on-policy text, as tiny_block.py and phi2_block.py",
-        f"{time} --use_lora": "blocks of 4, adapters, on the data",
-        "--use_lora --on_policy_share=1": "adapters, on-policy text alone, as the `_lora` configs",
-    }
-    found = {r["flags"]: r for r in rows_of("blocks.jsonl")}
-    return table(["what is trained", *BLOCK_HEAD],
-                 *([ways[flags], *block_figures(found[flags])] for flags in ways))
+    """Five ways to convert."""
+    ways = ["whole sequence", "blocks of 4", "blocks of 4, own text", "blocks of 4, adapters",
+            "blocks of 4, adapters, own text alone"]
+    found = choices()
+    return table(["what is trained", *CHOICE_HEAD],
+                 *([way, *choice_figures(found[way])] for way in ways))
 
 
 def ablation():
