@@ -36,8 +36,7 @@ ROWS = {  # the first matter most
     "blocks of 4, adapters": (BLOCKS, "--use_lora"),
     "blocks of 4, adapters, own text alone":
         (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
-    "whole sequence, one stage with AR loss":
-        (WHOLE, f"{ONE} --lm_loss_stages=2"),
+    "whole sequence, one stage with AR loss": (WHOLE, f"{ONE} --lm_loss_stages=2"),
     "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
     "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
@@ -53,8 +52,8 @@ ROWS = {  # the first matter most
     "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
     "whole sequence, three stages, linear, AR loss in 2 and 3":
         (WHOLE, "--noise_schedule=linear --lm_loss_stages=23"),
-    "whole sequence, one stage, linear, AR loss": (WHOLE, f"--noise_schedule=linear {ONE} "
-                                                   "--lm_loss_stages=2"),
+    "whole sequence, one stage, linear, AR loss":
+        (WHOLE, f"{ONE} --noise_schedule=linear --lm_loss_stages=2"),
 }
 
 
