@@ -23,6 +23,7 @@ CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=
            "--stage2_epochs=1.1 --stage3_epochs=0.25").split()  # epochs share out the steps
 PLAIN = "--noise_schedule=cosine --lm_loss_stages=3 --lm_loss_weight=0.5".split()  # the defaults
 ONE = "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"  # stage
+LINEAR = "--noise_schedule=linear --lm_loss_stages=2"
 BLOCK = "--stage3_epochs=0 --stage2_epochs=1.35 --on_policy_tokens=0".split()
 
 # name of the choice: (config file, flags of one run, or of several that go on from one another)
@@ -50,10 +51,12 @@ ROWS = {  # the first matter most
     "whole sequence, one stage": (WHOLE, ONE),
     "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
     "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
-    "whole sequence, three stages, linear, AR loss in 2 and 3":
-        (WHOLE, "--noise_schedule=linear --lm_loss_stages=23"),
-    "whole sequence, one stage, linear, AR loss":
-        (WHOLE, f"{ONE} --noise_schedule=linear --lm_loss_stages=2"),
+    "whole sequence, three stages, linear, AR loss in 2 and 3": (WHOLE, f"{LINEAR}3"),
+    "whole sequence, one stage, linear, AR loss": (WHOLE, f"{ONE} {LINEAR}"),
+    "whole sequence, three stages, linear, AR loss in 2 and 3, 600 steps":
+        (WHOLE, f"{LINEAR}3 --max_steps=600"),
+    "whole sequence, one stage, linear, AR loss, 600 steps":
+        (WHOLE, f"{ONE} {LINEAR} --max_steps=600"),
 }
 
 
