@@ -1,6 +1,6 @@
 """What each choice of the recipe is worth: the world of config/tiny.py, equal tokens, three seeds.
 
-  python assets/recipe.py assets/recipe.jsonl    # about two hours of one CPU core
+  python assets/recipe.py assets/recipe.jsonl    # about an hour of two idle CPU cores
   python assets/recipe.py my.jsonl --seeds=1 --jobs=4 --only=schedule
 
 For each seed an AR model is trained, and converted once for each choice, in STEPS steps. A row is
@@ -22,41 +22,42 @@ COMMON = ("--log_steps=50 --eval_steps=1000000 --save_steps=0 --keep_checkpoints
 CONVERT = ("--model_config= --tokenizer_name= --stage0_epochs=0 --stage1_epochs=0.15 "
            "--stage2_epochs=1.1 --stage3_epochs=0.25").split()  # epochs share out the steps
 PLAIN = "--noise_schedule=cosine --lm_loss_stages=3 --lm_loss_weight=0.5".split()  # the defaults
-ONE = "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"  # stage
+ONE_STAGE = "--stage1_epochs=0 --stage2_epochs=3 --stage3_epochs=0"
 LINEAR = "--noise_schedule=linear --lm_loss_stages=2"
 BLOCK = "--stage3_epochs=0 --stage2_epochs=1.35 --on_policy_tokens=0".split()
 
 # name of the choice: (config file, flags of one run, or of several that go on from one another)
 WHOLE, BLOCKS = "config/tiny.py", "config/tiny_block.py"
-ROWS = {  # the first matter most
+ROWS = {
     "whole sequence": (WHOLE, ""),
+    "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
+    "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
+    "whole sequence, one stage": (WHOLE, ONE_STAGE),
+    "whole sequence, one stage with AR loss": (WHOLE, f"{ONE_STAGE} --lm_loss_stages=2"),
+    "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
+    "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
+    "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
+    "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
+    "whole sequence, three stages, linear, AR loss in 2 and 3": (WHOLE, f"{LINEAR}3"),
+    "whole sequence, one stage, linear, AR loss": (WHOLE, f"{ONE_STAGE} {LINEAR}"),
+    "whole sequence, three stages, linear, AR loss in 2 and 3, 600 steps":
+        (WHOLE, f"{LINEAR}3 --max_steps=600"),
+    "whole sequence, one stage, linear, AR loss, 600 steps":
+        (WHOLE, f"{ONE_STAGE} {LINEAR} --max_steps=600"),
+    "whole sequence, from scratch": (WHOLE, "SCRATCH"),
+    "whole sequence, from scratch, linear": (WHOLE, "SCRATCH --noise_schedule=linear"),
+    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
     "blocks of 4": (BLOCKS, ""),
     "blocks of 8": (BLOCKS, "--block_size=8"),
-    "whole sequence, from scratch": (WHOLE, "SCRATCH"),
-    "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=50000"),
-    "blocks of 4, adapters": (BLOCKS, "--use_lora"),
-    "blocks of 4, adapters, own text alone":
-        (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
-    "whole sequence, one stage with AR loss": (WHOLE, f"{ONE} --lm_loss_stages=2"),
-    "whole sequence, AR loss in stages 2 and 3": (WHOLE, "--lm_loss_stages=23"),
-    "whole sequence, schedule linear": (WHOLE, "--noise_schedule=linear"),
     "blocks of 16": (BLOCKS, "--block_size=16"),
     "blocks of 2, 4, 8, 16 in turn":
         (BLOCKS, *(f"--block_size={size} --max_steps={STEPS // 4}" for size in (2, 4, 8, 16))),
     "blocks of 4, no distillation": (BLOCKS, "--distill_weight=0"),
     "blocks of 4, none fully masked": (BLOCKS, "--full_mask_share=0"),
-    "whole sequence, no time embedding": (WHOLE, "--use_time_embedding=false"),
-    "whole sequence, schedule polynomial": (WHOLE, "--noise_schedule=polynomial"),
-    "whole sequence, schedule sqrt": (WHOLE, "--noise_schedule=sqrt"),
-    "whole sequence, one stage": (WHOLE, ONE),
-    "whole sequence, lm_loss_weight 0": (WHOLE, "--lm_loss_weight=0"),
-    "whole sequence, from scratch, with the AR steps too": (WHOLE, "SCRATCH --max_steps=370"),
-    "whole sequence, three stages, linear, AR loss in 2 and 3": (WHOLE, f"{LINEAR}3"),
-    "whole sequence, one stage, linear, AR loss": (WHOLE, f"{ONE} {LINEAR}"),
-    "whole sequence, three stages, linear, AR loss in 2 and 3, 600 steps":
-        (WHOLE, f"{LINEAR}3 --max_steps=600"),
-    "whole sequence, one stage, linear, AR loss, 600 steps":
-        (WHOLE, f"{ONE} {LINEAR} --max_steps=600"),
+    "blocks of 4, own text": (BLOCKS, "--on_policy_tokens=50000"),
+    "blocks of 4, adapters": (BLOCKS, "--use_lora"),
+    "blocks of 4, adapters, own text alone":
+        (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
 }
 
 
@@ -87,7 +88,7 @@ def run_row(name, seed, out):
         start = [f"--model_name={model}", *CONVERT]
         start += BLOCK if config == BLOCKS else PLAIN
         if "SCRATCH" in flags:
-            flags = flags.replace("SCRATCH", f"--stage0_epochs=0 {ONE}")
+            flags = flags.replace("SCRATCH", f"--stage0_epochs=0 {ONE_STAGE}")
             start = PLAIN
         folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
         if not (folder / "result.json").exists():  # killed, perhaps while it measured

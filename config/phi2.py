@@ -11,6 +11,7 @@ max_seq_length = 512
 batch_size = 2
 gradient_accumulation_steps = 16
 learning_rate = 1e-4
+noise_schedule = "linear"  # 5 % less NELBO than cosine in a small world (assets/recipe.md)
 
 device = "cuda"
 dtype = "bfloat16"  # Phi-2's attention overflows in float16

@@ -7,6 +7,7 @@
 model_name = "microsoft/phi-2"
 
 block_size = 4
+noise_schedule = "linear"  # as in tiny_block.py, whose blocks are measured
 full_mask_share = 0.5  # drafting starts from blocks that are masked entirely
 distill_weight = 1.0
 lm_loss_weight = 1.0
