@@ -18,7 +18,7 @@ from configurator import RunError, UserError, errors_as, first_line
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, world
 from evaluation import cut_holes, fill_holes
-from history import SHARES, before_and_after, is_number, read_run
+from history import before_and_after, is_number, read_run, shares
 from machine import eagerly
 from replay import text_after
 from report import report_on_run
@@ -194,9 +194,10 @@ def screen(result, out, s, room):
                   f"    diffusion, from both sides    {hole['filled']!r}",
                   f"    AR model, from the left       {hole['ar_guess']!r}",
                   f"    the text has                  {hole['answer']!r}"]
-    shares = [percent(name, result[key]) for key, name in SHARES.items() if key in result]
-    if shares:
-        lines += ["", f"{'judged by the grammar':34}{'AR model':>10}{'diffusion':>10}", *shares]
+    judged = [row.values() for row in shares(result)]
+    if judged:
+        lines += ["", f"{'judged by the grammar':34}{'AR model':>10}{'diffusion':>10}"]
+        lines += [f"{name:34}{ar:>10}{diffusion:>10}" for name, ar, diffusion in judged]
     if "verify" in result:
         verify = result["verify"]
         lines += ["", "verified decoding, beside plain AR decoding:",
@@ -218,11 +219,6 @@ def screen(result, out, s, room):
 def quoted(text):
     """A text in at most five indented lines."""
     return quoted_text(" ".join(text.split()), most=5)
-
-
-def percent(name, shares):
-    """A line of the screen: shares of the AR model and of diffusion."""
-    return f"{name:34}{shares['ar']:10.1%}{shares['diffusion']:10.1%}"
 
 
 def show(model, tokenizer, val_data, autocast, out, s):

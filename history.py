@@ -10,7 +10,6 @@ from configurator import UserError, errors_as
 from corpus import left_out
 from model_files import checkpoints
 
-SHARES = {"accepted": "sentences that are right", "holes_right": "holes filled rightly"}
 NOT_REPEATED = "resume", "checkpoint", "debug", "out_dir"  # settings that a new run does without
 
 
@@ -24,6 +23,14 @@ def number(value):
     if not is_number(value):
         return "\u2013"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def shares(result):
+    """What the grammar of the world judged, as rows for tables with the shares in percent."""
+    names = {"accepted": "sentences that are right", "holes_right": "holes filled rightly"}
+    return [{"judged by the grammar": name, "AR model": f"{result[key]['ar']:.1%}",
+             "diffusion": f"{result[key]['diffusion']:.1%}"}
+            for key, name in names.items() if key in result]
 
 
 def read_rows(path):

@@ -21,7 +21,7 @@ from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run)
 from corpus import encode_prompt
 from history import (
-    NOT_REPEATED, SHARES, before_and_after, changed, command, is_number, number, read_run,
+    NOT_REPEATED, before_and_after, changed, command, is_number, number, read_run, shares,
     stage_rows, versions, warnings)
 from machine import eagerly, pick_autocast, pick_device
 from replay import trace_page
@@ -177,10 +177,7 @@ def results(run):
     """What result.json adds to the tiles: shares, verified decoding, a filled hole, samples."""
     result = run["result"]
     hole, texts, verify = (result.get(key) for key in ("hole", "samples", "verify"))
-    rows = [{"judged by the grammar": name, "AR model": percent(result[key].get("ar")),
-             "diffusion": percent(result[key].get("diffusion"))}
-            for key, name in SHARES.items() if key in result]
-    found = [table(rows, "Shares at the end")]
+    found = [table(shares(result), "Shares at the end")]
     if verify:
         equal, of, drafts = (escape(verify.get(key)) for key in (
             "equal", "texts", "accepted_per_check"))
@@ -193,11 +190,6 @@ def results(run):
                   f"{right}</p><p>What stood there: <q>{answer}</q>. The AR model, which sees the "
                   f"left side alone, writes: <q>{guess}</q>.</p>"]
     return found + (["<h3>Samples</h3>", *map(block, texts)] if texts else [])
-
-
-def percent(share):
-    """A share as a percentage; a dash for what is none."""
-    return f"{share:.1%}" if is_number(share) else number(share)
 
 
 def tiles(run):

@@ -95,7 +95,7 @@ def test_a_run_ends_with_a_page_that_has_its_figures_and_needs_no_network(finish
 
 def test_what_a_model_or_a_user_writes_stays_text(out):
     (out / "result.json").write_text(json.dumps(indent=1, obj={
-        "minutes": 3.5, "samples": [HOSTILE], "accepted": {"ar": None, "diffusion": 0.5},
+        "minutes": 3.5, "samples": [HOSTILE], "accepted": {"ar": 1, "diffusion": 0.5},
         "hole": {"left": HOSTILE, "right": "", "answer": None, "filled": HOSTILE}}))
     (out / "evaluations.jsonl").write_text(json.dumps({"file": HOSTILE, HOSTILE: [HOSTILE]}))
     script("report.py", f"--out_dir={out}", "--device=cpu")
