@@ -1134,9 +1134,17 @@ def windows_of_step(train_data, own_text, stage, state):
     return torch.cat([get_batch(data, n, *where) for data, n in parts if n])
 
 
+def continuation_length(model, prompt, window):
+    """How many tokens to write behind a prompt (list of ids) to show: 32, but a whole-sequence
+    model that has only seen short windows, of `window` tokens, fills one, as a text has its end
+    there."""
+    return window - len(prompt) if len(prompt) < window <= 64 and not model.block_size else 32
+
+
 def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     """Evaluate on held-out windows, continue sample_prompt, print and log both."""
     prompt = encode_prompt(model, tokenizer, sample_prompt, 32)
+    new = continuation_length(model, prompt, max_seq_length)
     noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
     model.eval()
     start = time.perf_counter()
@@ -1144,7 +1152,7 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     with eagerly(compile_model), model.attention(model.kernel):
         row = evaluate(model, tokenizer, windows, autocast, noise_seed, state)
         with autocast:
-            [text], _ = generate(model, [prompt], 32, 32)
+            [text], _ = generate(model, [prompt], new, new)
     row["sample"] = tokenizer.decode(text)
     end = len(prompt) + end_of(text[len(prompt):], end_ids(model.lm, tokenizer))
     processes.reshard(model)

@@ -40,10 +40,11 @@ ASSETS = Path(__file__).with_name("assets")
 FIGURES = "eval_nelbo", "eval_nelbo_se", "eval_nelbo_sampler", "eval_bpb", "ar_ppl"
 
 
-def unmasking(model, tokenizer, prompt, autocast):
-    """trace_page() of a continuation of prompt by 32 tokens in 32 passes, as in evaluations, or a
-    sentence if memory runs out."""
-    ids, new = encode_prompt(model, tokenizer, prompt, 32), 32
+def unmasking(model, tokenizer, prompt, window, autocast):
+    """trace_page() of a continuation of prompt, one token a pass, as in evaluations, or a sentence
+    if memory runs out. window: max_seq_length of the run."""
+    ids = encode_prompt(model, tokenizer, prompt, 32)
+    new = convert.continuation_length(model, ids, window)
     frames = [(ids + [model.mask_id] * new, [])]  # before the first pass
 
     def show(ids, confidence):
@@ -52,7 +53,7 @@ def unmasking(model, tokenizer, prompt, autocast):
     model.eval()
     try:
         with eagerly(convert.compile_model), model.attention(model.kernel), autocast:
-            convert.generate(model, [ids], new, 32, watch=show)
+            convert.generate(model, [ids], new, new, watch=show)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -319,7 +320,8 @@ def report_on_run(out, model, tokenizer, autocast):
     try:
         with errors_as(f"{out}/report.html", RunError):
             if not processes.is_sharded(model):
-                replayed = unmasking(model, tokenizer, convert.sample_prompt, autocast)
+                replayed = unmasking(model, tokenizer, convert.sample_prompt,
+                                     convert.max_seq_length, autocast)
             write(out, replayed)
     except UserError as error:
         print(f"report: not written: {first_line(error)}")
@@ -332,8 +334,9 @@ def replayed_by(folder, target):
     try:
         autocast = pick_autocast(target, "float32")
         model, tokenizer = convert.load_model(folder, target, as_dtype=autocast.fast_dtype)
-        prompt = convert.read_record(folder)["settings"].get("sample_prompt", "")
-        return unmasking(model.to(target), tokenizer, prompt, autocast)
+        record = convert.read_record(folder)
+        prompt = record["settings"].get("sample_prompt", "")
+        return unmasking(model.to(target), tokenizer, prompt, record["max_seq_length"], autocast)
     except UserError as error:
         return f"Not replayed: {first_line(error)}"
 

@@ -1,4 +1,5 @@
 """The world of stories, and the screen that ends a run."""
+import html
 import json
 import random
 import re
@@ -108,6 +109,9 @@ def test_a_run_ends_with_what_it_changed(run_dir):
                  "python sample.py --out_dir=outputs/tiny_diffusion"):
         assert text in shown
     assert max(len(x) for x in shown.splitlines() if "python" not in x) <= 100
+    page = html.unescape((run_dir / "report.html").read_text())
+    frames = json.loads(re.search("const DATA=(.*)", page)[1])["frames"]
+    assert {len(frame) for frame in frames} == {64}, "a sample is as long as the stories"
 
 
 def test_texts_and_holes_are_those_of_hugging_face_and_of_a_loop_by_hand(run_dir):
