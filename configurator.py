@@ -154,6 +154,8 @@ def out_of_memory(error):
 def first_line(error):
     """The first line of a library's error, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # a list follows
+        lines[0] = " ".join(lines)
     return (lines[0] if lines else type(error).__name__)[:300]
 
 

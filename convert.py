@@ -25,6 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # transformers reads it when imported
+# torch's threads wait for one another by spinning, for so many rounds; by default for long, which
+# makes a run beside one other busy process ten times slower. libgomp reads it when imported
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.nn as nn

@@ -39,7 +39,7 @@ from sample import decode_verified
 FIGURES = {  # of --json, in the order in which they are printed
     "eval_nelbo": "nats per token, at least the diffusion's -log p(text)",
     "eval_nelbo_se": "its standard error over windows",
-    "sampler_bound": "the same for the sampler, which knows the first token of each block",
+    "sampler_bound": "the same for the sampler; with blocks it knows the first token of each",
     "sampler_bound_se": "its standard error over windows",
     "eval_ppl_bound": "exp(eval_nelbo)",
     "eval_bpb": "eval_nelbo in bits per byte",

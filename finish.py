@@ -173,7 +173,8 @@ def screen(result, out, s, room):
     """The text of the end screen. room: how many tokens of a window sample_prompt leaves."""
     rule = "-" * 80
     took = duration(60 * result["minutes"])
-    lines = ["", rule, f"done: {out}/final", f"{took} of training, {result['tokens']:,} tokens", "",
+    lines = ["", rule, f"done: {out}/final",
+             f"{took} of training steps, {result['tokens']:,} tokens", "",
              f"{'':34}{'before':>10}{'after':>10}"]
     for name, before, after in (("AR model, perplexity", "ar_ppl_before", "ar_ppl"),
                                 ("diffusion, NELBO in nats a token", "eval_nelbo_first",
@@ -186,7 +187,7 @@ def screen(result, out, s, room):
     if "samples" in result:
         how = "block by block" if s.block_size else "by unmasking"
         lines += ["", f"written {how} behind the start of held-out texts:"]
-        lines += [quoted(text) for text in result["samples"]]
+        lines += [quoted(text, str(n)) for n, text in enumerate(result["samples"], 1)]
     if "hole" in result:
         hole = result["hole"]
         lines += ["", "a hole in a held-out text:",
@@ -212,13 +213,14 @@ def screen(result, out, s, room):
         next_one += f" --max_new_tokens={max(1, room)}"
     if s.block_size:
         next_one = f"python sample.py {flag} --verify --compare"
+    text = "world" if s.dataset_name == "world" else "my_text.txt"
     return "\n".join([*lines, "", "next:", f"    {next_one}",
-                      f"    python sample.py {flag} --evaluate=my_text.txt", rule])
+                      f"    python sample.py {flag} --evaluate={text}", rule])
 
 
-def quoted(text):
-    """A text in at most five indented lines."""
-    return quoted_text(" ".join(text.split()), most=5)
+def quoted(text, name=""):
+    """A text in at most five indented lines, the first behind its name."""
+    return quoted_text(" ".join(text.split()), name, most=5)
 
 
 def show(model, tokenizer, val_data, autocast, out, s):

@@ -126,7 +126,9 @@ def warnings(run):
     }
     if data := state.get("data_report"):
         share = data["held_out_share_in_training"]
-        found |= {f"Data: {left_out(data)}.": data["near_duplicates_left_out"] or data["refused"],
+        alike = ", as stories of the world are alike" if s.get("dataset_name") == "world" else ""
+        lost = data["near_duplicates_left_out"] or data["refused"]
+        found |= {f"Data: {left_out(data)}{alike}.": lost,
                   f"Data: {share:.1%} of held-out text is in training too.": share >= 0.0005}
     return [text for text, holds in found.items() if holds]
 

@@ -78,7 +78,8 @@ def mistakes_in_memory(s):
         "dtype: float16 not with parallel=fsdp; take bfloat16":
             s.dtype == "float16" and s.parallel == "fsdp",
         f"model_config: its weights are random, so model_name, '{s.model_name}', would not be "
-        "loaded; add --model_config=": s.model_config and Path(s.model_name).exists(),
+        "loaded; add --model_config= --tokenizer_name= --stage0_epochs=0":
+            s.model_config and Path(s.model_name).exists(),
         "auto_memory: not with several processes": s.auto_memory and processes.SIZE > 1,
     }
 

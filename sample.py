@@ -30,7 +30,7 @@ from replay import text_after, text_with_masks, write_trace
 
 # --------------------------------------------------------------------------------------------------
 # text
-prompt = ""  # kept; "": start of a document; [MASK:12], [MASK]: a hole of 12, of 1
+prompt = ""  # kept; "": the run's sample_prompt; [MASK:12], [MASK]: a hole of 12, of 1
 prompts = ""  # a file of prompts instead, one a line; -: standard input
 chat = False  # each prompt is what a user says, through the tokenizer's chat template
 num_samples = 1  # of each prompt, all in one batch
@@ -223,10 +223,11 @@ def encode(model, tokenizer, text):
     return ids, holes
 
 
-def read_prompts():
-    """The texts to continue: prompt, or the lines of the file prompts."""
+def read_prompts(folder):
+    """The texts to continue: prompt, or sample_prompt of the run whose model is in folder, or the
+    lines of the file prompts."""
     if not prompts:
-        return [prompt]
+        return [prompt or read_record(folder)["settings"].get("sample_prompt", "")]
     try:
         if prompts == "-":
             text = sys.stdin.read().removeprefix("\ufeff") if sys.stdin else ""
@@ -341,8 +342,8 @@ def main(argv):
     if evaluate or tasks or tasks_folder or tasks_mode != "ar":
         import evaluation  # not needed to write text
         evaluation.check_flags(s)
-    texts, target = read_prompts(), pick_device(device)
-    folder = folder_to_read(out_dir, checkpoint)
+    folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
+    texts = read_prompts(folder)
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()

@@ -69,7 +69,9 @@ def print_plan(model, s, stages, trained, train_data, val_data, data_report):
     print(f"data: {len(train_data):,} windows of {s.max_seq_length} tokens, {len(val_data):,} "
           f"held out; {left_out(data_report)}, "
           f"{data_report['held_out_share_in_training']:.1%} of held-out text is in training too")
-    print(f"step: {tokens:,} tokens, {max(x['n_on_policy'] for x in stages)} windows on-policy\n")
+    n_own = max(stage["n_on_policy"] for stage in stages)
+    own_text = f", {n_own} windows on-policy" if n_own else ""
+    print(f"step: {tokens:,} tokens{own_text}\n")
     print(f"{'stage':24}{'trained':>15}{'frozen':>15}{'rate':>9}{'warm-up':>9}{'steps':>9}"
           f"{'tokens':>15}  loss")
     for stage in stages:

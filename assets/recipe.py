@@ -9,11 +9,14 @@ The tables are made from the rows by `python assets/tables.py --write`.
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from world import judge, train_and_held_out
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 120
@@ -61,12 +64,13 @@ ROWS = {
 }
 
 
-def convert(*args):
-    """Run convert.py, with one thread; the run's own words only if it fails."""
-    done = subprocess.run([sys.executable, ROOT / "convert.py", *args], text=True,
+def run_script(script, *args):
+    """What a script prints, run with one thread; its words are shown only if it fails."""
+    done = subprocess.run([sys.executable, ROOT / script, *args], text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{' '.join(map(str, args))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def ar_model(seed, out):
@@ -74,8 +78,9 @@ def ar_model(seed, out):
     would go on from."""
     folder, plain = out / f"ar_{seed}", out / f"plain_{seed}"
     if not plain.exists():
-        convert(ROOT / WHOLE, *COMMON, "--max_steps=250", "--stage1_epochs=0", "--stage2_epochs=0",
-                "--stage3_epochs=0", f"--seed={seed}", f"--out_dir={folder}", "--resume")
+        run_script("convert.py", ROOT / WHOLE, *COMMON, "--max_steps=250", "--stage1_epochs=0",
+                   "--stage2_epochs=0", "--stage3_epochs=0", f"--seed={seed}",
+                   f"--out_dir={folder}", "--resume")
         shutil.copytree(folder / "final", plain, ignore=shutil.ignore_patterns("diffusion.*"))
     return plain
 
@@ -83,7 +88,7 @@ def ar_model(seed, out):
 def run_row(name, seed, out):
     """The row of a choice and a seed: the figures that end its run, and its flags."""
     config, *runs = ROWS[name]
-    model = ar_model(seed, out)
+    model, results = ar_model(seed, out), []
     for number, flags in enumerate(runs):
         start = [f"--model_name={model}", *CONVERT]
         start += BLOCK if config == BLOCKS else PLAIN
@@ -93,11 +98,31 @@ def run_row(name, seed, out):
         folder = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{number}"
         if not (folder / "result.json").exists():  # killed, perhaps while it measured
             shutil.rmtree(folder, ignore_errors=True)
-        convert(ROOT / config, *COMMON, f"--max_steps={STEPS}", *start, *flags.split(),
-                f"--seed={seed}", f"--out_dir={folder}", "--resume")
+        run_script("convert.py", ROOT / config, *COMMON, f"--max_steps={STEPS}", *start,
+                   *flags.split(), f"--seed={seed}", f"--out_dir={folder}", "--resume")
         model = folder / "final"
-    return {"name": name, "seed": seed, "config": config, "flags": runs} | json.loads(
-        (folder / "result.json").read_text())
+        results.append(json.loads((folder / "result.json").read_text()))
+    row = {"name": name, "seed": seed, "config": config, "flags": runs} | results[-1]
+    row |= {key: sum(result[key] for result in results) for key in ("minutes", "tokens")}
+    row["ar_ppl_before"] = results[0]["ar_ppl_before"]
+    if config == BLOCKS:
+        row["accepted_behind_16"] = accepted_behind(16, folder)
+    return row
+
+
+def accepted_behind(n, folder):
+    """The share of right sentences that a model writes behind the first n tokens, words and full
+    stops, of 50 held-out stories of 64."""
+    _, stories = train_and_held_out()
+    prompts = [re.match(rf"(\s*(\w+|\.)){{{n}}}", story)[0] for story in stories[:50]]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    lines = run_script(
+        "sample.py", f"--prompts={folder / 'prompts.txt'}", f"--out_dir={folder}", "--json",
+        f"--max_new_tokens={64 - n}", f"--steps={64 - n}", "--device=cpu").splitlines()
+    right = []
+    for prompt, line in zip(prompts, lines, strict=True):
+        right += judge(prompt + json.loads(line)["text"])[prompt.count("."):]
+    return sum(right) / len(right)
 
 
 def main(log, *flags):
@@ -114,7 +139,8 @@ def main(log, *flags):
     done = {(row["name"], row["seed"]) for row in rows}
     todo = [(name, seed) for name in ROWS for seed in seeds
             if options["only"] in name and (name, seed) not in done]
-    for seed in seeds:  # first, as all rows of a seed start there
+    print(f"{log}: {len(rows)} rows are there, {len(todo)} to run")
+    for seed in sorted({seed for _, seed in todo}):  # first, as all rows of a seed start there
         ar_model(seed, out)
     with ThreadPoolExecutor(int(options["jobs"])) as pool:
         for row in pool.map(lambda what: run_row(*what, out), todo):

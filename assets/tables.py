@@ -158,12 +158,14 @@ def recipe():
         off = over_seeds(of_name, lambda r: r["eval_nelbo"] / whole[r["seed"]] - 1, "+.0%")
         if "own text alone" in name:  # measured on other text
             off = ""
-        nelbo, ar_ppl, *others = choice_figures(of_name)
+        nelbo, ar_ppl, sentences, *others = choice_figures(of_name)
         if "scratch" in name:  # there was no AR model before
             ar_ppl = ""
-        others = [ar_ppl, *others]
-        rows.append([name, str(len(of_name)), nelbo, off, *others])
-    return table(["choice", "seeds", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]], *rows)
+        behind = over_seeds(of_name, lambda r: r["accepted_behind_16"], ".0%")
+        rows.append([name, str(len(of_name)), nelbo, off, ar_ppl, sentences, behind, *others])
+    head = ["choice", "seeds", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]]
+    head.insert(6, "behind 16 tokens")
+    return table(head, *rows)
 
 
 def blocks():
@@ -259,7 +261,7 @@ def options():
 def screen():
     """What config/tiny.py's run prints in the end, less two of the three texts."""
     text = (HERE / "tiny_screen.txt").read_text().strip("\n")
-    written = [match.start() for match in re.finditer("^    Today", text, re.M)]
+    written = [match.start() for match in re.finditer(r"^    \d: ", text, re.M)]
     text = text[:written[1]] + "    ...\n" + text[text.index("\n\na hole"):]
     return ["```", *text.replace("\n\n\n", "\n\n").splitlines(), "```"]
 

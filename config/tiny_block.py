@@ -2,7 +2,7 @@
 # context. The AR model stays, and sample.py --verify gives exactly its output in fewer passes.
 # Downloads nothing.
 # python convert.py config/tiny_block.py
-#     about 4 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
+#     about 6 minutes on 2 CPU cores, 1 GB of memory, 0.1 GB of disk
 from pathlib import Path
 
 exec(Path(__file__).with_name("tiny.py").read_text())  # the same model, data, batch and rate
