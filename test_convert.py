@@ -2061,6 +2061,7 @@ def test_tiny_converts_and_sample_writes(tmp_path):
         assert max(x["token_ids"]) < 257
     newest = model_files.checkpoints(tmp_path / "outputs/tiny_diffusion")[0]
     out, _ = script("sample.py", f"--checkpoint={newest}", "--prompt=", cwd=tmp_path)
+    assert out.startswith("Today Mia has two red balls."), "sample_prompt of the run"
     assert "tokens_per_forward 2.0" in out
     _, err = script("sample.py", "--verify", code=2, cwd=tmp_path)
     assert err.startswith("error: verify: needs a block model") and err.count("\n") == 1
