@@ -1138,8 +1138,8 @@ def windows_of_step(train_data, own_text, stage, state):
 
 
 def continuation_length(model, prompt, window):
-    """How many tokens an evaluation writes behind a prompt (list of ids): 32. A whole-sequence model
-    fills a window of at most 64 tokens instead, as it has seen texts of no other length."""
+    """How many tokens an evaluation writes behind a prompt (list of ids): 32. A whole-sequence
+    model fills a window of at most 64 instead, as it has seen texts of no other length."""
     return window - len(prompt) if len(prompt) < window <= 64 and not model.block_size else 32
 
 
