@@ -223,11 +223,11 @@ def encode(model, tokenizer, text):
     return ids, holes
 
 
-def read_prompts(folder):
-    """The texts to continue: prompt, or sample_prompt of the run whose model is in folder, or the
-    lines of the file prompts."""
+def read_prompts(default=""):
+    """The texts to continue: prompt, or the default if that is empty, or the lines of the file
+    prompts."""
     if not prompts:
-        return [prompt or read_record(folder)["settings"].get("sample_prompt", "")]
+        return [prompt or default]
     try:
         if prompts == "-":
             text = sys.stdin.read().removeprefix("\ufeff") if sys.stdin else ""
@@ -343,7 +343,7 @@ def main(argv):
         import evaluation  # not needed to write text
         evaluation.check_flags(s)
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
-    texts = read_prompts(folder)
+    texts = read_prompts(read_record(folder)["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()

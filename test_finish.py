@@ -143,7 +143,7 @@ def test_texts_and_holes_are_those_of_hugging_face_and_of_a_loop_by_hand(run_dir
 def test_a_figure_that_is_none_is_a_dash_and_a_text_cannot_move_the_cursor():
     names = "ar_ppl_before", "ar_ppl", "eval_nelbo_first", "eval_nelbo", "eval_nelbo_se"
     result = dict.fromkeys(names) | {"minutes": 1.5, "tokens": 7, "samples": ["a\x1b[2Jb"]}
-    s = SimpleNamespace(block_size=0, sample_prompt="The")
+    s = SimpleNamespace(block_size=0, sample_prompt="The", dataset_name="pydoc")
     shown = finish.screen(result, "out", s, 64)
     assert re.search("perplexity +- +-\n.*nats a token +- +-\n", shown)
     assert r"a\x1b[2Jb" in shown and "\x1b" not in shown
