@@ -315,9 +315,9 @@ def print_sample(tokenizer, text, ids, holes, row, ends, figures):
         print(f"{'' if n_holes or chat else text}{written}\n")
 
 
-def print_notes(model, folder, longest):
-    """Print what may surprise, on stderr."""
-    trained = read_record(folder)["max_seq_length"]
+def print_notes(model, folder, trained, longest):
+    """Print what may surprise, on stderr. trained, longest: tokens of a window in training, and of
+    the longest text here."""
     notes = {
         f"this run is not finished, {folder} is its newest checkpoint":
             not checkpoint and not (folder.parent / "final").exists(),
@@ -343,7 +343,8 @@ def main(argv):
         import evaluation  # not needed to write text
         evaluation.check_flags(s)
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
-    texts = read_prompts(read_record(folder)["settings"].get("sample_prompt", ""))
+    record = read_record(folder)
+    texts = read_prompts(record["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
@@ -353,7 +354,7 @@ def main(argv):
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
     encoded = [encode(model, tokenizer, text) for text in texts for _ in range(num_samples)]
-    print_notes(model, folder, max(len(ids) for ids, _ in encoded))
+    print_notes(model, folder, record["max_seq_length"], max(len(ids) for ids, _ in encoded))
 
     frames = [(encoded[0][0], [])]  # before the first pass
 

@@ -163,9 +163,9 @@ def recipe():
             ar_ppl = ""
         behind = over_seeds(of_name, lambda r: r["accepted_behind_16"], ".0%")
         rows.append([name, str(len(of_name)), nelbo, off, ar_ppl, sentences, behind, *others])
-    head = ["choice", "seeds", CHOICE_HEAD[0], "difference", *CHOICE_HEAD[1:]]
-    head.insert(6, "behind 16 tokens")
-    return table(head, *rows)
+    nelbo, ar_ppl, sentences, *others = CHOICE_HEAD
+    return table(["choice", "seeds", nelbo, "difference", ar_ppl, sentences, "behind 16 tokens",
+                  *others], *rows)
 
 
 def blocks():
@@ -262,8 +262,8 @@ def screen():
     """What config/tiny.py's run prints in the end, less two of the three texts."""
     text = (HERE / "tiny_screen.txt").read_text().strip("\n")
     written = [match.start() for match in re.finditer(r"^    \d: ", text, re.M)]
-    text = text[:written[1]] + "    ...\n" + text[text.index("\n\na hole"):]
-    return ["```", *text.replace("\n\n\n", "\n\n").splitlines(), "```"]
+    text = text[:written[1]] + "    ..." + text[text.index("\n\na hole"):]
+    return ["```", *text.splitlines(), "```"]
 
 
 PAGES = {
