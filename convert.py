@@ -114,6 +114,8 @@ max_steps = 0  # optimizer steps of all stages together, shared out by epochs; 0
 # diffusion
 num_timesteps = 1000  # how finely the time embedding tells shares of masked tokens apart
 noise_schedule = "cosine"  # cosine | linear | polynomial | sqrt
+noise = "mask"  # a masked token is seen as: mask, an embedding of its own | uniform, a random token
+causal_blocks = False  # a noisy token sees its block up to itself, not all of it
 # machine
 device = "auto"  # auto | cuda | cuda:1 | mps | cpu
 dtype = "bfloat16"  # of autocast: bfloat16 | float16 | float32; see also weights_dtype
@@ -149,7 +151,7 @@ allowed |= {
     "noise_schedule": {"cosine", "linear", "polynomial", "sqrt"},
     "lr_schedule": {"cosine", "linear", "constant"},
     "dtype": {"bfloat16", "float16", "float32"}, "weights_dtype": {"bfloat16", "float32"},
-    "parallel": {"", "ddp", "fsdp"},
+    "parallel": {"", "ddp", "fsdp"}, "noise": {"mask", "uniform"},
     "learning_rate": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
     "lora_rank": (1, 10**4), "lora_dropout": (0, 0.99),
     "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1),
@@ -247,6 +249,8 @@ def loss_weights(x0, u, noise, model, diffusion=1.0, ar=0.0, n_on_policy=0, sche
     xt, masked, weight = mask_tokens(x0, u, noise, maskable, model.mask_id,
                                      schedule or model.noise_schedule)
     t = timestep((xt == model.mask_id).view(*u.shape, -1).double().mean(2), model)  # (B, n_blocks)
+    if model.noise == "uniform":  # the upper bits of the noise chose the place, the lower the token
+        xt = torch.where(masked, (noise * 2**20 % 1 * model.mask_id).long(), xt)
     per_token = diffusion / scored.sum().clamp(min=1)
     diffusion_w = masked * per_token * weight
 
@@ -305,17 +309,20 @@ def predictions(x0, tokens, weights, row_length, offset=0):
 # ----------------------------------------------------------------------------------------------
 # The model. The Hugging Face model is not resized, subclassed or copied: it gets a mask embedding,
 # a causal switch, and a head for chosen rows. Causal and without masks it is exactly what it was.
-def mask_mod(query, key, window):
+def mask_mod(query, key, window, causal_blocks=False):
     """Whether a query sees a key; each is (position, block_id, context_end), broadcastable.
 
     It sees clean keys (block_id 0) before its context_end: for a clean query its position + 1
     (causal), for a noisy one the start of its block. A sliding window limits how far back. It sees
-    noisy keys of its own block. Padding has block_id -1.
+    noisy keys of its own block, with causal_blocks up to itself. Padding has block_id -1.
     """
     sees_clean = key[0] < query[2]
     if window:
         sees_clean = sees_clean & (query[0] - key[0] < window)
-    return torch.where(key[1] == 0, sees_clean, key[1] == query[1])
+    sees_noisy = key[1] == query[1]
+    if causal_blocks:
+        sees_noisy = sees_noisy & (key[0] <= query[0])
+    return torch.where(key[1] == 0, sees_clean, sees_noisy)
 
 
 def clean_meta(length):
@@ -355,11 +362,12 @@ class DiffusionLM(nn.Module):
     """
 
     def __init__(self, lm, num_timesteps, noise_schedule, use_time_embedding, bidirectional,
-                 block_size=0, lora=None):
+                 block_size=0, lora=None, noise="mask", causal_blocks=False):
         super().__init__()
         # 1) the mask token: one id past the vocabulary, so nothing in the model is resized
         self.lm, self.bidirectional, self.block_size = lm, bidirectional, block_size
         self.num_timesteps, self.noise_schedule = num_timesteps, noise_schedule
+        self.noise, self.causal_blocks = noise, causal_blocks
         embedding = lm.get_input_embeddings()
         self.mask_id = embedding.weight.shape[0]
         with torch.no_grad():  # the mean of its outputs, not of its rows: some families scale them
@@ -506,9 +514,11 @@ class DiffusionLM(nn.Module):
 
                 def pair(b, h, q, k):  # compiled, so it indexes with tensors only
                     b = b * (B > 1)  # one row of meta serves every text
-                    return mask_mod([x[b, q] for x in queries], [x[b, k] for x in all_keys], window)
+                    query, key = [x[b, q] for x in queries], [x[b, k] for x in all_keys]
+                    return mask_mod(query, key, window, self.causal_blocks)
                 return create_block_mask(pair, B, None, meta.shape[2], keys.shape[2], meta.device)
-            mask = mask_mod(meta[..., None], keys[:, :, None], window)[:, None]  # (B, 1, L, keys)
+            mask = mask_mod(meta[..., None], keys[:, :, None], window, self.causal_blocks)
+            mask = mask[:, None]  # (B, 1, L, keys)
             if kernel != "eager":
                 return mask
             scores = torch.zeros_like(mask, dtype=torch.float32)  # what eager attention adds
@@ -523,6 +533,8 @@ class DiffusionLM(nn.Module):
 
     def hidden(self, ids, t, gate=None, cache=None, **kwargs):
         """The decoder's output, as head() needs it, and the hidden states in it (B, L, C)."""
+        if self.noise == "uniform":  # in training no mask is left
+            ids = torch.where(ids == self.mask_id, torch.randint_like(ids, self.mask_id), ids)
         self.gate = gate  # read by the hooks of the adapters, also when layers are re-run
         output = self.lm.get_decoder()(
             inputs_embeds=self.embed(ids, t), past_key_values=cache, use_cache=cache is not None,
@@ -1149,6 +1161,7 @@ def evaluate_and_log(model, tokenizer, windows, autocast, stage, state, log):
     new = continuation_length(model, prompt, max_seq_length)
     noise_seed = seed_for(seed, "evaluation")  # the same each time: curves can be compared
     model.eval()
+    torch.manual_seed(noise_seed)  # of the random tokens of noise="uniform"
     start = time.perf_counter()
     # flex_attention must be compiled
     with eagerly(compile_model), model.attention(model.kernel):
@@ -1216,7 +1229,8 @@ def model_settings():
             "targets": lora_targets}
     return {"num_timesteps": num_timesteps, "noise_schedule": noise_schedule,
             "use_time_embedding": use_time_embedding, "bidirectional": use_bidirectional_attention,
-            "block_size": block_size, "lora": lora if use_lora else None}
+            "block_size": block_size, "lora": lora if use_lora else None, "noise": noise,
+            "causal_blocks": causal_blocks}
 
 
 def load_model(name, device, ours=None, tokenizer_name="", config_json="", as_dtype=None):

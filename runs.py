@@ -30,6 +30,9 @@ def check_settings(s):
     mistakes = {
         "distill_weight: needs a block_size": s.distill_weight and not s.block_size,
         "full_mask_share: needs a block_size": s.full_mask_share and not s.block_size,
+        "causal_blocks: needs a block_size": s.causal_blocks and not s.block_size,
+        "noise: uniform tells no masked token from others, so nothing can have the time embedding; "
+        "add --use_time_embedding=false": s.noise == "uniform" and s.use_time_embedding,
         "block_size: needs use_bidirectional_attention": s.block_size and causal,
         "use_lora: needs use_bidirectional_attention": s.use_lora and causal,
         "block_size: 1 is the AR model; take 0 (the whole window) or more": s.block_size == 1,

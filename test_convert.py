@@ -122,10 +122,10 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def no_model(schedule="cosine", T=1000, block_size=0):
+def no_model(schedule="cosine", T=1000, block_size=0, noise="mask"):
     """What loss_weights() and forward_passes() ask of a model, without one."""
     return SimpleNamespace(mask_id=99, end_id=-1, num_timesteps=T, noise_schedule=schedule,
-                           bidirectional=True, block_size=block_size)
+                           bidirectional=True, block_size=block_size, noise=noise)
 
 
 def save_final(folder, model=None, lora=None, **more):
@@ -169,6 +169,16 @@ def test_every_count_of_masks_and_every_token_weighs_the_same_in_the_nelbo(sched
     assert_close((masked * weight).mean(0), maskable.double(), rtol=0.02, atol=0)
 
 
+def test_uniform_noise_is_any_token_whichever_places_are_masked():
+    model, n = no_model(noise="uniform"), 5000
+    x0, (u, noise) = torch.zeros(n, 9, dtype=torch.long), convert.sample_noise(n, 9, 0)
+    _, xt, _, weights, _ = convert.loss_weights(x0, u, noise, model)
+    found = xt[weights > 0]
+    counts = torch.bincount(found, minlength=99)
+    assert chi_square(counts, len(found) / 99) < 98 + 4 * math.sqrt(2 * 98)
+    assert not xt[weights == 0].any()
+
+
 @cases("block_size", [0, 2])
 def test_u_is_stratified_and_uniform_and_depends_on_the_seed_alone(block_size):
     for n in (1, 7, 32):
@@ -203,10 +213,15 @@ def loss_by_hand(model, ids, u, noise, ar, distill):
         count = max(1, math.ceil(len(maskable) * time))
         xt = ids[b:b + 1, :end].clone()
         xt[0, maskable[:count]] = model.mask_id
-        model.set_causal(False)
-        inputs = model.attention_inputs(meta_by_hand(start, end))
-        share = torch.tensor([[math.ceil(count / block * model.num_timesteps)]])
-        log_p = model(xt, share, **inputs)[0].log_softmax(-1)
+        if model.causal_blocks:  # with random tokens: what the AR model makes of them
+            for i in maskable[:count]:
+                xt[0, i] = int(noise[b, i].item() * 2**20 % 1 * model.mask_id)
+            log_p = model.lm(xt).logits[0].log_softmax(-1)
+        else:
+            model.set_causal(False)
+            inputs = model.attention_inputs(meta_by_hand(start, end))
+            share = torch.tensor([[math.ceil(count / block * model.num_timesteps)]])
+            log_p = model(xt, share, **inputs)[0].log_softmax(-1)
         for i in maskable[:count]:
             if i > start:
                 teacher, student = ar_log_p[i - 1].detach(), log_p[i - 1]
@@ -216,16 +231,22 @@ def loss_by_hand(model, ids, u, noise, ar, distill):
     return loss / (B * (T - 1))
 
 
-@cases("block_size, full_mask_share, distill", [(0, 0, 0), (4, 0, 0.7), (4, 0.5, 0.7)])
-def test_the_loss_and_its_gradient_equal_a_brute_force_sum(block_size, full_mask_share, distill):
-    model = diffusion(random_lm("llama"), "linear", 10, block_size=block_size)
+UNIFORM = {"noise": "uniform", "causal_blocks": True}
+
+
+@cases("block_size, full_mask_share, distill, more", [
+    (0, 0, 0, {}), (4, 0, 0.7, {}), (4, 0.5, 0.7, {}), (4, 0.5, 0.7, UNIFORM)])
+def test_the_loss_and_its_gradient_equal_a_brute_force_sum(
+        block_size, full_mask_share, distill, more):
+    model = diffusion(random_lm("llama"), "linear", 10, not more, block_size=block_size, **more)
     ids = random_ids(5, 12)
     u, noise = convert.sample_noise(5, 12, 0, block_size, full_mask_share)
     assert (u == 1).float().mean() == pytest.approx(full_mask_share, abs=0.12)
     expected = loss_by_hand(model, ids, u, noise, 0.5, distill)
     expected.backward()
     gradient = gradients(model)
-    for name in ("mask_embedding", "time_mlp.2.weight"):
+    gradient.setdefault("mask_embedding", 0 * model.mask_embedding)  # not there to see
+    for name in () if more else ("mask_embedding", "time_mlp.2.weight"):
         assert gradient[name].abs().max() > 0, "both embeddings learn"
 
     for micro_batch, rows_of_head in ((1, 99), (2, 2), (5, 99)):
@@ -558,13 +579,14 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling, expected):
 # ----------------------------------------------------------------------------------------------
 # Blocks, adapters, verified decoding
 @cases("window", [None, 3])
-def test_the_attention_mask_is_the_one_written_by_hand(window):
+@cases("causal_blocks", [False, True])
+def test_the_attention_mask_is_the_one_written_by_hand(window, causal_blocks):
     padding = torch.tensor([[0, -1, -1], [0, -1, 0]]).T[:, None]  # as forward_at() has it
     meta = torch.cat([padding, convert.block_meta(8, 4)], 2)  # (3, 1, 18)
     kinds = ["padding"] * 2 + ["clean"] * 8 + ["noisy"] * 8
     positions = [-2, -1, *range(8), *range(8)]
 
-    found = convert.mask_mod(meta[..., None], meta[:, :, None], window)[0]
+    found = convert.mask_mod(meta[..., None], meta[:, :, None], window, causal_blocks)[0]
 
     for q, k in itertools.product(range(18), repeat=2):
         i, j = positions[q], positions[k]
@@ -572,7 +594,8 @@ def test_the_attention_mask_is_the_one_written_by_hand(window):
         expected = {
             ("padding", "padding"): True, ("clean", "clean"): j <= i and in_window,
             ("noisy", "clean"): j // 4 < i // 4 and in_window,  # in blocks before its own
-            ("noisy", "noisy"): i // 4 == j // 4}.get((kinds[q], kinds[k]), False)
+            ("noisy", "noisy"): i // 4 == j // 4 and (j <= i or not causal_blocks),
+        }.get((kinds[q], kinds[k]), False)
         assert found[q, k] == expected, (q, k)
 
 
