@@ -78,6 +78,7 @@ dataset_config = "wikitext-103-raw-v1"  # configuration of a hub data set; "": i
 dataset_split = "train"  # split to train on, as train_sft; test splits are left alone
 text_column = "text"  # column with the text; a table of messages or prompts is chat data
 on_policy_tokens = 0  # train on this many tokens or more that the AR model writes; 0: none
+own_prompts = 0  # so many prompts more for it, which a chat model writes itself
 on_policy_share = 1.0  # share of on-policy windows in a step; below 1 unless use_lora
 cache_dir = "model_cache"  # tokenised data is kept here and reused
 max_seq_length = 512  # tokens in a window
@@ -1076,7 +1077,7 @@ def main(argv):
         model.to(device)
     probe(model, max_seq_length)
     train_data, val_data, data_report = load_data(tokenizer, s, state)
-    stages = make_stages(len(train_data))
+    stages = make_stages(len(train_data) + own_prompts)
     trained = count_trained(model, stages)
     print_plan(model, s, stages, trained, train_data, val_data, data_report)
     disk_gb = check_disk(model, out, s, trained["everything"])

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import processes
-from configurator import RunError, errors_as
+from configurator import RunError, UserError, errors_as
 from corpus import end_ids, end_of, fill_up, opening, seed_for
 from machine import eagerly, leave, pick_autocast
 
@@ -19,22 +19,31 @@ def write_own_text(model, tokenizer, train_data, val_data, out, s, stop, with_le
     that nothing is measured on it}. s: the settings; stop, with_less_memory: of convert.py."""
     write = functools.partial(on_policy_windows, model, tokenizer, out=out, s=s, stop=stop,
                               with_less_memory=with_less_memory)
+    if s.own_prompts:
+        if not tokenizer.chat_template:
+            raise UserError("own_prompts: this tokenizer has no chat template; take a chat model, "
+                            "or leave it out")
+        seeds = seed_for(s.seed, "prompts") % 2**20 + np.arange(s.own_prompts, dtype=np.int32)
+        asked = write(np.repeat(seeds[:, None], train_data.shape[1], 1), 0, ar_ask)
+        train_data = np.concatenate([train_data, asked[(asked >= 0).any(1)]])
     own_text = {"train": write(train_data, s.on_policy_tokens)}
     if s.on_policy_share == 1:
         own_text["held"] = write(val_data, 0)
     return own_text
 
 
-def on_policy_windows(model, tokenizer, windows, tokens, out, s, stop, with_less_memory):
+def on_policy_windows(model, tokenizer, windows, tokens, how=None, *, out, s, stop,
+                      with_less_memory):
     """Windows (n, T), int32, of about `tokens` tokens (0: all) that the AR model writes after
-    prompts from windows. They are also kept in out, to be continued there after a kill."""
-    T, state = windows.shape[1], {"micro_batch": 32}
+    prompts from windows, by the function `how`, ar_continue() or another with its arguments.
+    They are also kept in out, to be continued there after a kill."""
+    T, state, how = windows.shape[1], {"micro_batch": 32}, how or ar_continue
     sharded = processes.is_sharded(model)
 
     def write(lm, batch):  # (32 or fewer, T), in parts if memory runs out
         new = np.zeros((0, T), np.int32)
         while len(new) < len(batch):
-            work = functools.partial(ar_continue, lm, batch[len(new):], tokenizer,
+            work = functools.partial(how, lm, batch[len(new):], tokenizer,
                                      model.block_size, model.max_positions, together=sharded)
             new = np.concatenate([new, with_less_memory(work, state, model)])
         return new
@@ -99,6 +108,36 @@ def ar_continue(lm, windows, tokenizer, block, max_positions, n, together=False)
         row = [*(~token for token in prompt), *text[:end + 1]][:T]
         new.append(fill_up(row, eos, block or T, T, end < len(text)))
     return np.array(new, np.int32)
+
+
+def ar_ask(lm, windows, tokenizer, block, max_positions, n, together=False):
+    """For each of the first n windows one with a prompt that a chat model writes itself: what comes
+    after an empty user turn of its template (https://arxiv.org/abs/2406.08464).
+
+    A prompt is context, ~id, before an end; where no end is, it was too long. windows: seeds.
+    """
+    T, eos = windows.shape[1], tokenizer.eos_token_id or 0
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    with errors_as("own_prompts: the chat template does not take a user turn alone"):
+        turn = encode(write([{"role": "user", "content": "MARK"}]).partition("MARK")[0])
+    ids = torch.tensor([turn] * len(windows[:n]), device=lm.get_input_embeddings().weight.device)
+    torch.manual_seed(int(windows[0, 0]))
+    with torch.no_grad():
+        out = lm.generate(  # a little below 1, where small models ask what they can answer
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, top_k=0,
+            top_p=1.0, max_new_tokens=max(1, min(T // 3, max_positions - len(turn))),
+            eos_token_id=end_ids(lm, tokenizer) or None, pad_token_id=eos, synced_gpus=together)
+    rows = []
+    for new in out[:, len(turn):].tolist():
+        end = end_of(new, end_ids(lm, tokenizer))
+        text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+        prompt = encode(write([{"role": "user", "content": text}], add_generation_prompt=True))
+        row = [~eos] * T
+        if text and end < len(new) and len(prompt) <= T // 2:
+            row = [*(~token for token in prompt), eos, *row][:T]
+        rows.append(row)
+    return np.array(rows, np.int32)
 
 
 def read_windows(path, length):

@@ -49,6 +49,8 @@ def check_settings(s):
             own_text and s.on_policy_share == 1 and not s.use_lora,
         "on_policy_share: one window cannot be shared; take more gradient_accumulation_steps":
             own_text and s.on_policy_share < 1 and n_windows == 1,
+        "own_prompts: are for the model's own text; add --on_policy_tokens=...":
+            s.own_prompts and not own_text,
         "use_lora: the AR model is frozen, it cannot be pre-trained; set --stage0_epochs=0":
             s.use_lora and s.stage0_epochs,
     }
