@@ -53,6 +53,7 @@ import probe
 import processes
 import runs
 import sample
+import verify
 from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run, settings_in)
 from machine import memory_gb
@@ -229,7 +230,8 @@ def our_sampling():
         if kind == "baseline_sample":
             return plain_unmasking(model, text, new_tokens, sample_steps), sample_steps
         if kind in drafts:
-            return sample.decode_verified(model, text, new_tokens, drafts[kind], 4, {})[:2]
+            [new], counts = verify.decode_verified(model, [text], new_tokens, drafts[kind], 4, {})
+            return new, counts["forwards"]
         n, passes = new_tokens, sample_steps
         if kind == "first_block":
             n, passes = block, round(sample_steps / n_blocks)  # at least one, as generate() says

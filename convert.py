@@ -310,14 +310,18 @@ def predictions(x0, tokens, weights, row_length, offset=0):
 # ----------------------------------------------------------------------------------------------
 # The model. The Hugging Face model is not resized, subclassed or copied: it gets a mask embedding,
 # a causal switch, and a head for chosen rows. Causal and without masks it is exactly what it was.
+FOREVER = 1 << 40  # what is no draft is seen by all that comes after it
+
+
 def mask_mod(query, key, window, causal_blocks=False):
-    """Whether a query sees a key; each is (position, block_id, context_end), broadcastable.
+    """Whether a query sees a key; each is (position, block_id, context_end, last), broadcastable.
 
     It sees clean keys (block_id 0) before its context_end: for a clean query its position + 1
-    (causal), for a noisy one the start of its block. A sliding window limits how far back. It sees
-    noisy keys of its own block, with causal_blocks up to itself. Padding has block_id -1.
+    (causal), for a noisy one the start of its block. Drafts that exclude one another end at their
+    last context_end. A sliding window limits how far back. It sees noisy keys of its own block,
+    with causal_blocks up to itself. Padding has block_id -1.
     """
-    sees_clean = key[0] < query[2]
+    sees_clean = (key[2] <= query[2]) & (query[2] <= key[3])
     if window:
         sees_clean = sees_clean & (query[0] - key[0] < window)
     sees_noisy = key[1] == query[1]
@@ -327,23 +331,23 @@ def mask_mod(query, key, window, causal_blocks=False):
 
 
 def clean_meta(length):
-    """(position, block_id, context_end) of clean tokens from position 0 on, (3, 1, length)."""
+    """What mask_mod() asks of clean tokens from position 0 on, (4, 1, length)."""
     i = torch.arange(length)
-    return torch.stack([i, 0 * i, i + 1])[:, None]
+    return torch.stack([i, 0 * i, i + 1, 0 * i + FOREVER])[:, None]
 
 
 def block_meta(T, block_size):
-    """(position, block_id, context_end) of [clean copy | noisy copy in blocks], (3, 1, 2T)."""
+    """What mask_mod() asks of [clean copy | noisy copy in blocks], (4, 1, 2T)."""
     i = torch.arange(T)
-    noisy = torch.stack([i, 1 + i // block_size, i // block_size * block_size])[:, None]
-    return torch.cat([clean_meta(T), noisy], 2)
+    noisy = [i, 1 + i // block_size, i // block_size * block_size, 0 * i + FOREVER]
+    return torch.cat([clean_meta(T), torch.stack(noisy)[:, None]], 2)
 
 
 def new_cache(device):
-    """An empty KV cache that also holds the meta (3, B, L) of its tokens. It keeps all of them;
+    """An empty KV cache that also holds the meta (4, B, L) of its tokens. It keeps all of them;
     with a config, Hugging Face's drops those outside a sliding window."""
     cache = DynamicCache()
-    cache.meta = torch.zeros(3, 1, 0, dtype=torch.long, device=device)
+    cache.meta = torch.zeros(4, 1, 0, dtype=torch.long, device=device)
     return cache
 
 
@@ -504,10 +508,10 @@ class DiffusionLM(nn.Module):
 
     def attention_inputs(self, meta, cache=None):
         """Position ids, attention mask, adapter gate and cache of hidden(), for tokens at meta
-        (3, B or 1, L). They also attend to the tokens of a cache, and are added to it."""
-        keys, kernel = meta, self.lm.config._attn_implementation  # (3, B, keys)
+        (4, B or 1, L). They also attend to the tokens of a cache, and are added to it."""
+        keys, kernel = meta, self.lm.config._attn_implementation  # (4, B, keys)
         if cache is not None:
-            keys = cache.meta = torch.cat([cache.meta.expand(3, meta.shape[1], -1), meta], 2)
+            keys = cache.meta = torch.cat([cache.meta.expand(-1, meta.shape[1], -1), meta], 2)
 
         def make_mask(window):
             if kernel == "flex_attention":
@@ -753,7 +757,8 @@ def forward_at(model, ids, start, pad, block_id, t=None, rows=None, cache=None):
     position = torch.arange(start, start + ids.shape[1], device=ids.device) - pad  # (B, L)
     context_end = position[:, :1].expand_as(position) if block_id else position + 1
     block_ids = torch.where(position < 0, -1, block_id)
-    meta = torch.stack([position.clamp(min=0), block_ids, context_end])
+    last = torch.full_like(position, FOREVER)
+    meta = torch.stack([position.clamp(min=0), block_ids, context_end, last])
     model.set_causal(False)  # the mask says who attends to whom
     return model(ids, t, rows, **model.attention_inputs(meta, cache))
 
@@ -764,11 +769,11 @@ def takes_padding(model):
     from a mask of padding that holds no positions."""
     ids = torch.arange(4, device=model.device)[None] % model.mask_id
     pad = torch.tensor([[2]], device=model.device)
-    model.set_causal(not model.bidirectional)
+    model.set_causal(True)
     alone = model(ids)
     try:
         with errors_as("padding", trial=True):
-            padded = forward_at(model, F.pad(ids, (2, 0)), 0, pad, int(model.bidirectional))
+            padded = forward_at(model, F.pad(ids, (2, 0)), 0, pad, 0)
     except UserError:
         return False
     off = (padded[:, 2:] - alone).abs().max() / alone.abs().max()

@@ -34,7 +34,7 @@ from convert import (
 from corpus import documents, encoding, make_windows, read_corpus, seed_for
 from model_files import load_hf
 from probe import decoder_layers
-from sample import decode_verified
+from verify import decode_verified
 
 FIGURES = {  # of --json, in the order in which they are printed
     "eval_nelbo": "nats per token, at least the diffusion's -log p(text)",
@@ -276,7 +276,7 @@ def fill_holes(model, holes, steps, **options):
             prompts = [sum(parts, []) for parts in zip(lefts, masks, rights, strict=True)]
         rows, _ = generate(model, prompts, more, steps, **options)
         for row, left, gap in zip(rows, lefts, gaps, strict=True):
-            guess = decode_verified(model, left, len(gap), 0, 0, {})[0]  # {}: greedily
+            [guess], _ = decode_verified(model, [left], len(gap), 0, 0, {})  # {}: greedily
             pairs.append((row[len(left):len(left) + len(gap)], guess))
     return pairs
 

@@ -8,6 +8,7 @@ import random
 import shlex
 import signal
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from machine import eagerly
 from replay import text_after
 from report import report_on_run
 from runs import write_whole
-from sample import decode_verified
 from terminal import duration, quoted_text
+from verify import decode_verified
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,25 +76,24 @@ def race(model, tokenizer, prompts, n_new):
     AR texts as lists of ids, figures)."""
     ends, drafts = end_ids(model.lm, tokenizer), min(3, model.block_size - 1)
     modes = {0: [], drafts: []} if model.block_size else {0: []}
-    seconds, forwards, accepted = dict.fromkeys(modes, 0.0), dict.fromkeys(modes, 0), 0
+    seconds, counts = dict.fromkeys(modes, 0.0), {n: Counter() for n in modes}
     for n in modes:  # so that both are timed warm
-        decode_verified(model, prompts[0], min(8, n_new), n, n + 1, {})
+        decode_verified(model, prompts[:1], min(8, n_new), n, n + 1, {})
     for ids in tqdm(prompts, "decoding", disable=None):
         for n, texts in modes.items():
             start = time.perf_counter()
-            new, passes, _, stood = decode_verified(model, ids, n_new, n, n + 1, {}, ends)
+            [new], _ = decode_verified(model, [ids], n_new, n, n + 1, {}, ends, counts=counts[n])
             seconds[n] += time.perf_counter() - start
             texts.append(new)
-            forwards[n] += passes
-            accepted += stood
     plain = [ids[:end_of(ids, ends)] for ids in modes[0]]
     if not model.block_size:
         return plain, {}
     equal = sum(a == b for a, b in zip(modes[0], modes[drafts], strict=True))
     n_tokens = sum(map(len, modes[drafts]))
     return plain, {
-        "tokens_per_forward": n_tokens / forwards[drafts], "equal": equal, "texts": len(prompts),
-        "accepted_per_check": accepted / max(1, forwards[drafts] - len(prompts)),
+        "tokens_per_forward": n_tokens / counts[drafts]["forwards"], "equal": equal,
+        "texts": len(prompts),
+        "accepted_per_check": counts[drafts]["accepted"] / max(1, counts[drafts]["checks"]),
         "speed_over_ar": seconds[0] / seconds[drafts]}
 
 

@@ -9,7 +9,6 @@
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
   python sample.py --evaluate=my_text.txt --json          # instead of text, figures on a text
 """
-import functools
 import re
 import sys
 import time
@@ -20,13 +19,12 @@ from types import SimpleNamespace
 import torch
 
 from configurator import UserError, configure, errors_as, first_line, run, settings_in
-from convert import (
-    clean_meta, crop_cache, generate, load_model, logits_to_probs, new_cache, read_record,
-    sample_token)
+from convert import generate, load_model, read_record
 from corpus import encode_prompt, end_ids, end_of, opening
 from machine import pick_autocast, pick_device
 from model_files import checkpoints
 from replay import text_after, text_with_masks, write_trace
+from verify import verify_texts
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -46,8 +44,10 @@ top_k = 0  # with a temperature: only among the k most likely; 0: all
 top_p = 1.0  # with a temperature: only among the fewest that hold this share of the probability
 # verified decoding
 verify = False  # a block model drafts, the causal mode of the same weights checks: its very output
-drafts = 3  # drafted tokens beyond the next, which is exact; at most block_size less 1
-branches = 4  # a check also drafts behind 0, 1, ... accepted tokens; 0: in a pass of its own
+drafts = 0  # drafted tokens beyond the next, at most block_size less 1; 0: what is fastest here
+branches = -1  # a check drafts on behind 0, 1, ... of them; 0: in a pass of its own; -1: as drafts
+tree = 0  # a check has so many drafts, several for one place; 0: one for each
+verify_batch = 1  # texts decoded together
 compare = False  # decode the same with plain AR as well: its speed, and how many texts are equal
 # evaluation
 evaluate = ""  # figures on this text: a file or folder as convert.py reads; pydoc; world
@@ -73,94 +73,12 @@ allowed = dict.fromkeys((
     "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
+    "branches": (-1, 10**4), "verify_batch": (1, 10**5),
     "tasks_draws": (1, 10**6), "tasks_mode": {"ar", "diffusion"},
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
 }
 HOLE = r"\[MASK(?::([1-9]\d{0,5}))?\]"  # in a prompt: so many masks, or one
-
-
-# --------------------------------------------------------------------------------------------------
-# Verified decoding: self-speculation with draft and check in one forward pass (TiDAR,
-# https://arxiv.org/abs/2511.08923), accepted by https://arxiv.org/abs/2211.17192
-@functools.lru_cache(64)  # a prompt needs only two of them, over and over
-def draft_layout(n_candidates, drafts, branches, device):
-    """What a pass runs on, relative to its first candidate: (meta (3, 1, L), inputs (L,)).
-
-    First the candidates (the last token and its drafts), clean, each checked by the state before.
-    Then, for each place where acceptance may stop, a noisy block behind the last accepted one: its
-    rows are the next drafts. inputs: the index of a candidate, or -1 for a mask.
-    """
-    meta = [(i, 0, i + 1) for i in range(n_candidates)]
-    n_branches = 0
-    if drafts:
-        n_branches = min(branches, n_candidates) if n_candidates > 1 else 1
-    for j in range(n_branches):  # token j + 1 is exact, read at candidate j; masks predict the next
-        meta += [(j + 1 + d, j + 1, j + 1) for d in range(drafts)]
-    inputs = [*range(n_candidates), *[-1] * (n_branches * drafts)]
-    return torch.tensor(meta, device=device).T[:, None], inputs
-
-
-def accept(p, q, drafted, generator=None):
-    """How many drafts stand, and the token after them: distributed as p says, whatever q is.
-
-    p (m, V): the model's distributions of the drafts and of what follows; q (m - 1, V): those that
-    the drafts were drawn from. (https://arxiv.org/abs/2211.17192, algorithm 1.)
-    """
-    tokens = torch.tensor(drafted, dtype=torch.long, device=p.device)[:, None]
-    u = torch.rand(tokens.shape, generator=generator, device=p.device)
-    stands = (u * q.gather(1, tokens) < p[:-1].gather(1, tokens))[:, 0].tolist()
-    kept = [*stands, False].index(False)
-    rest = p[kept]
-    if kept < len(drafted):
-        rest = (rest - q[kept]).clamp(min=0)
-    return kept, int(torch.multinomial(rest, 1, generator=generator))
-
-
-@torch.no_grad()
-def decode_verified(model, prompt, new_tokens, drafts, branches, sampling, ends=(),
-                    generator=None):
-    """Continue a prompt (list of ids) exactly as the causal mode would.
-
-    Returns (new ids, forward passes, tokens drafted, drafts accepted). Each pass gives one token or
-    more; drafts=0 is plain cached AR decoding.
-    """
-    device, cache = model.device, new_cache(model.device)
-    cache.meta = clean_meta(len(prompt)).to(device)
-    moves = torch.tensor([[[1]], [[0]], [[1]]], device=device)  # positions and context ends, no ids
-    t = torch.tensor([[model.num_timesteps]], device=device) if drafts else None
-    model.set_causal(True)
-    last = torch.tensor([len(prompt) - 1], device=device)
-    logits = model(torch.tensor([prompt], device=device), None, last, cache=cache)
-    text, drafted, q = sample_token(logits, sampling, generator).tolist(), [], logits[:0]
-    forwards, n_drafted, n_accepted = 1, 0, 0
-    model.set_causal(not drafts)  # with drafts the mask says who attends to whom
-    while len(text) < new_tokens and not set(ends) & set(text):
-        # 1) one pass over the candidates and the masks behind them
-        candidates = [text[-1], *drafted]
-        meta, inputs = draft_layout(len(candidates), drafts, branches, device)
-        ids = [[model.mask_id if i < 0 else candidates[i] for i in inputs]]
-        view = {"cache": cache}
-        if drafts:
-            view = model.attention_inputs(meta + (len(prompt) + len(text) - 1) * moves, cache)
-        logits = model(torch.tensor(ids, device=device), t, **view)[0].float()  # (L, V)
-        p = logits_to_probs(logits, **sampling)
-        forwards += 1
-
-        # 2) check the drafts
-        kept, token = accept(p[:len(candidates)], q, drafted, generator)
-        n_drafted += len(drafted)
-        n_accepted += kept
-        crop_cache(cache, len(inputs) - 1 - kept)
-        text += [*drafted[:kept], token]
-
-        # 3) draft anew, if masks stood where acceptance stopped
-        drafted, first = [], len(candidates) + kept * drafts
-        if drafts and first + drafts <= len(inputs):
-            q = p[first:first + drafts]
-            drafted = torch.multinomial(q, 1, generator=generator)[:, 0].tolist()
-    text = text[:new_tokens]
-    return text[:end_of(text, ends) + 1], forwards, n_drafted, n_accepted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +120,7 @@ def encode(model, tokenizer, text):
         raise UserError(f"prompt: {wrong[0]!r} is no hole; [MASK:12] is one of 12 tokens, [MASK] "
                         "of one")
     if len(parts) == 1:
-        beyond = 2 * drafts + 2 if verify else 0  # where masks stand
+        beyond = 2 * (drafts or 7) + 2 if verify else 0  # where masks stand
         start = [] if chat else None  # a chat template writes BOS itself
         ids = encode_prompt(model, tokenizer, text, max_new_tokens + beyond, start)
         hole = slice(len(ids), len(ids) + max_new_tokens)
@@ -248,7 +166,8 @@ def check_flags(model, n_prompts):
         "verify: needs a block model, as config/tiny_block.py makes; this one is whole-sequence":
             verify and not model.block_size,
         f"drafts: from 1 to {model.block_size - 1}, as the model's blocks have {model.block_size} "
-        "tokens": verify and model.block_size and not 1 <= drafts < model.block_size,
+        "tokens": verify and 0 < model.block_size <= drafts,
+        "tree: needs --verify": tree and not verify,
         "trace: replays the unmasking of one prompt, so without --verify and --prompts":
             trace and (verify or n_prompts > 1),
         "compare: needs --verify": compare and not verify,
@@ -261,42 +180,24 @@ def check_flags(model, n_prompts):
 def decode_all(model, encoded, sampling, ends, generator, watcher):
     """Generate for all prompts, timed: (the ids of each text, figures)."""
     before = [ids[:holes[0].start] for ids, holes in encoded]
-
-    def decode(drafts):
-        return [decode_verified(model, ids, max_new_tokens, drafts, branches, sampling, ends,
-                                generator) for ids in before]
-
-    if compare:
-        for n in (drafts, 0):  # so that both are timed warm
-            decode_verified(model, before[0], min(8, max_new_tokens), n, branches, sampling)
-    start, figures = time.perf_counter(), {}
     if verify:
-        new, passes, drafted, accepted = zip(*decode(drafts), strict=True)
-        rows = [ids + text for ids, text in zip(before, new, strict=True)]
-        forwards = passes_of_texts = sum(passes)
-        figures["acceptance"] = round(sum(accepted) / max(1, sum(drafted)), 4)
-    else:
-        prompts, more = [ids for ids, _ in encoded], 0
-        if model.block_size:  # it adds the masks block by block
-            prompts, more = before, max_new_tokens
-        rows, forwards = generate(
-            model, prompts, more, steps, ends, watcher, sampling=sampling, order=order,
-            threshold=threshold, remask=remask, generator=generator)
-        passes_of_texts = forwards * len(encoded)  # one pass runs on all texts
+        new, figures = verify_texts(model, before, sampling, ends,
+                                    SimpleNamespace(**settings_in(globals())))
+        return [ids + text for ids, text in zip(before, new, strict=True)], figures
+    prompts, more = [ids for ids, _ in encoded], 0
+    if model.block_size:  # it adds the masks block by block
+        prompts, more = before, max_new_tokens
+    start = time.perf_counter()
+    rows, forwards = generate(
+        model, prompts, more, steps, ends, watcher, sampling=sampling, order=order,
+        threshold=threshold, remask=remask, generator=generator)
     seconds = time.perf_counter() - start
     n_tokens = sum(len(row[hole]) for row, (_, holes) in zip(rows, encoded, strict=True)
                    for hole in holes)
-    figures = {"tokens_per_s": round(n_tokens / seconds, 1),
-               "tokens_per_forward": round(n_tokens / max(1, passes_of_texts), 3),
-               "forwards": forwards, "seconds": round(seconds, 3)} | figures
-    if compare:
-        start = time.perf_counter()
-        plain = [result[0] for result in decode(0)]
-        seconds = time.perf_counter() - start
-        figures["ar_tokens_per_s"] = round(sum(map(len, plain)) / seconds, 1)
-        if not temperature:  # else both are random
-            figures["equal"] = sum(a == b for a, b in zip(plain, new, strict=True))
-    return rows, figures
+    return rows, {
+        "tokens_per_s": round(n_tokens / seconds, 1),  # one pass runs on all texts
+        "tokens_per_forward": round(n_tokens / max(1, forwards * len(encoded)), 3),
+        "forwards": forwards, "seconds": round(seconds, 3)}
 
 
 def print_sample(tokenizer, text, ids, holes, row, ends, figures):
@@ -368,6 +269,7 @@ def main(argv):
     ends = end_ids(model.lm, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator(target).manual_seed(seed)
+    torch.manual_seed(seed)  # of the random tokens that a model with noise="uniform" sees
     rows, figures = decode_all(model, encoded, sampling, ends, generator,
                                show if watch or trace else None)
     if watch:

@@ -52,6 +52,7 @@ import own_text
 import probe
 import report
 import sample
+import verify
 
 CPU = torch.device("cpu")
 cases = pytest.mark.parametrize
@@ -194,9 +195,9 @@ def test_u_is_stratified_and_uniform_and_depends_on_the_seed_alone(block_size):
 
 
 def meta_by_hand(start, end):
-    """(position, block_id, context_end), (3, 1, end), with a noisy block from start on."""
-    noisy = [(i, 1, start) for i in range(start, end)]
-    return torch.tensor([(i, 0, i + 1) for i in range(start)] + noisy).T[:, None]
+    """(position, block_id, context_end, last), (4, 1, end), with a noisy block from start on."""
+    noisy = [(i, 1, start, 99) for i in range(start, end)]
+    return torch.tensor([(i, 0, i + 1, 99) for i in range(start)] + noisy).T[:, None]
 
 
 def loss_by_hand(model, ids, u, noise, ar, distill):
@@ -581,8 +582,8 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling, expected):
 @cases("window", [None, 3])
 @cases("causal_blocks", [False, True])
 def test_the_attention_mask_is_the_one_written_by_hand(window, causal_blocks):
-    padding = torch.tensor([[0, -1, -1], [0, -1, 0]]).T[:, None]  # as forward_at() has it
-    meta = torch.cat([padding, convert.block_meta(8, 4)], 2)  # (3, 1, 18)
+    padding = torch.tensor([[0, -1, -1, 99], [0, -1, 0, 99]]).T[:, None]  # as in forward_at()
+    meta = torch.cat([padding, convert.block_meta(8, 4)], 2)  # (4, 1, 18)
     kinds = ["padding"] * 2 + ["clean"] * 8 + ["noisy"] * 8
     positions = [-2, -1, *range(8), *range(8)]
 
@@ -642,9 +643,10 @@ def test_blocks_of_family(family):
     uncached += next_block(model, uncached, 2)
     assert out == uncached and forwards == 2 * 3
 
-    for drafts, branches in ((3, 4), (3, 1), (2, 0), (0, 0)):
-        found, forwards, *_ = sample.decode_verified(model, text, 16, drafts, branches, {})
-        assert len(found) == 16 and forwards <= (16 if branches else 32)
+    for drafts, branches, tree in ((3, 4, 0), (3, 1, 0), (2, 0, 0), (0, 0, 0), (3, 2, 9)):
+        [found], counts = verify.decode_verified(
+            model, [text], 16, drafts, branches, {}, tree=tree)
+        assert len(found) == 16 and counts["forwards"] <= (16 if branches else 32)
         if found != expected_text:  # only where the two best are as good as equal
             n = next(i for i in range(16) if found[i] != expected_text[i])
             best = lm(torch.tensor([text + expected_text[:n]])).logits[0, -1].topk(2).values
@@ -660,10 +662,11 @@ def test_drafts_come_from_what_a_block_was_trained_on(family):
     model.set_causal(False)
     model(ids[:, :7], **model.attention_inputs(convert.clean_meta(7), cache))
 
-    meta, inputs = sample.draft_layout(3, 2, 3, model.device)  # tokens 7, 8 and 9
-    fed = torch.tensor([[model.mask_id if i < 0 else ids[0, 7 + i] for i in inputs]])
-    meta = meta + torch.tensor([7, 0, 7])[:, None, None]
-    logits = model(fed, t, **model.attention_inputs(meta, cache))[0]
+    tokens = ids[0, 7:].tolist()  # three, of which two are drafts
+    nodes = verify.grow(tokens[0], [[(token, 0.0)] for token in tokens[1:]], 2)
+    rows, behind = verify.layout(nodes, 7, 2, 3)
+    assert behind == [0, 1, 2]
+    logits = verify.run_pass(model, [{"rows": rows}], cache)[0]
 
     for j in range(3):  # the two drafts after candidate j
         start = 8 + j
@@ -711,21 +714,65 @@ def test_adapters_train_and_the_folder_keeps_the_base_and_loads_with_peft(
     assert_close(*states, rtol=0, atol=1e-5 * states[1].abs().max().item())
 
 
+@cases("temperature", [0.0, 1.0])
+@cases("family, noise", [("llama", {}), ("mistral", {}), ("gpt2", UNIFORM), ("qwen3", UNIFORM)])
+def test_texts_in_a_batch_are_those_of_plain_decoding_alone(family, noise, temperature):
+    more = {"initializer_range": 0.1}
+    model = diffusion(random_lm(family, **more), 10, not noise, block_size=4, lora=LORA, **noise)
+    for p in model.adapter_state().values():
+        torch.nn.init.normal_(p, std=0.1)
+    prompts = [random_ids(20)[n:n + length].tolist() for n, length in enumerate((3, 9, 5, 9))]
+    sampling, seeds = {"temperature": temperature, "top_k": 5}, [4, 5, 6, 7]
+    plain = [verify.decode_verified(model, [prompt], 20, 0, 0, sampling, seeds=[seed])[0][0]
+             for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert len(set(map(tuple, plain))) == 4
+    end = plain[2][6]  # one text ends early
+    plain = [text[:text.index(end) + 1] if end in text else text for text in plain]
+    for drafts, branches, tree in ((0, 0, 0), (3, 4, 0), (3, 1, 0), (2, 0, 0), (3, 2, 9)):
+        found, counts = verify.decode_verified(
+            model, prompts, 20, drafts, branches, sampling, [end], seeds, tree=tree)
+        assert found == plain, (drafts, branches, tree)
+        assert counts["accepted"] <= counts["drafted"] <= drafts * counts["checks"]
+        assert sum(map(len, found)) >= counts["accepted"]
+
+
+def test_a_tree_holds_the_likeliest_paths_and_each_node_sees_its_ancestors():
+    drafts = [[("a", math.log(0.6)), ("b", math.log(0.4))],
+              [("c", math.log(0.7)), ("d", math.log(0.3))]]
+    nodes = verify.grow("root", drafts, 5)
+    paths = []
+    for token, parent, depth, log_p in nodes:
+        paths.append((paths[parent] if depth else "") + (token if depth else ""))
+        assert depth == len(paths[-1])
+        assert math.exp(log_p) == pytest.approx(math.prod(
+            math.exp(dict(row)[token]) for row, token in zip(drafts, paths[-1], strict=False)))
+    assert paths == ["", "a", "ac", "b", "bc", "ad"]  # 1, .6, .42, .4, .28, .18; not bd, .12
+
+    rows, behind = verify.layout(nodes, 10, 1, 2)
+    assert behind == [0, 1] and [row[1] for row in rows] == [10, 11, 12, 11, 12, 12, 11, 12]
+    meta = torch.tensor([row[1:] for row in rows]).T[:, None]
+    sees = convert.mask_mod(meta[..., None], meta[:, :, None], None)[0]
+    seen_by = [*paths, "", "a"]  # the noisy rows see what the node before them does
+    for q, k in itertools.product(range(8), range(6)):
+        assert sees[q, k] == seen_by[q].startswith(paths[k]), (q, k)
+    assert verify.follow(nodes, ["b", "x", "x", "c", "y", "x"]) == ([0, 3, 4], ["b", "c", "y"])
+
+
 def chi_square(counts, expected):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-def test_accepted_drafts_are_distributed_as_the_model_says():
-    generator = torch.Generator().manual_seed(0)
-    p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2]])
-    q = torch.tensor([[0.1, 0.4, 0.1, 0.4]])
-    first, second = torch.zeros(4), torch.zeros(4)
-    for token in torch.multinomial(q[0], 20000, True, generator=generator).tolist():
-        kept, following = sample.accept(p, q, [token], generator)
-        first[token if kept else following] += 1
-        second[following] += kept
-    assert chi_square(first, p[0] * 20000) < 16.3, "3 degrees of freedom, p = 0.001"
-    assert chi_square(second, p[1] * second.sum()) < 16.3
+def test_a_race_is_won_as_the_probabilities_say_and_by_a_draft_as_often_as_they_agree():
+    p, q = torch.tensor([0.5, 0.2, 0.2, 0.1]), torch.tensor([0.4, 0.3, 0.1, 0.2])
+    counts, agree, n = torch.zeros(4), 0, 4000
+    for seed in range(n):
+        [[[x], [y]]] = verify.best_tokens(torch.stack([p, q])[None].log(), [[7, 7]], [seed],
+                                          {"temperature": 1.0}, 1).tolist()
+        counts[x] += 1
+        agree += x == y
+    assert chi_square(counts, p * n) < 16.3, "3 degrees of freedom, p = 0.001"
+    total_variation = 0.2
+    assert agree / n > (1 - total_variation) / (1 + total_variation)
 
 
 def test_verified_sampling_has_the_distribution_of_the_causal_model():
@@ -738,10 +785,9 @@ def test_verified_sampling_has_the_distribution_of_the_causal_model():
     with torch.no_grad():
         log_p = lm(texts).logits.log_softmax(-1)[:, 1:4].gather(2, texts[:, 2:, None])
     expected = log_p.sum((1, 2)).exp() * 3000
-    counts, generator = torch.zeros(125), torch.Generator().manual_seed(0)
-    for _ in range(3000):
-        [a, b, c], *_ = sample.decode_verified(
-            model, [1, 2], 3, 2, 3, sampling, generator=generator)
+    counts = torch.zeros(125)
+    for seed in range(3000):
+        [[a, b, c]], _ = verify.decode_verified(model, [[1, 2]], 3, 2, 3, sampling, seeds=[seed])
         counts[25 * a + 5 * b + c] += 1
 
     likely = expected > 5  # the others count as one
@@ -1503,8 +1549,8 @@ def test_a_text_ends_at_the_ends_of_generation_config_too_and_without_them(run, 
     flags = "--out_dir=out --max_new_tokens=12 --prompt=The --json --stop_at_eos"
     run("--block_size=4 --stage0_epochs=0")
     config = Path("out/final/generation_config.json")
-    for verify in ("", " --verify"):
-        whole = json.loads(sample_main(*flags.split(), *verify.split())[1])["token_ids"]
+    for more in ("", "--verify"):
+        whole = json.loads(sample_main(*flags.split(), *more.split())[1])["token_ids"]
         config.write_text(json.dumps({"eos_token_id": [256, whole[2]]}))
         [found] = [json.loads(sample_main(*flags.split(), *verify.split())[1])["token_ids"]]
         assert found == whole[:whole.index(whole[2])]
