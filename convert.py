@@ -39,7 +39,6 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 import processes
 import runs
@@ -47,11 +46,12 @@ from bpe import tokenizer_of
 from configurator import UserError, configure, errors_as, out_of_memory, run, settings_in
 from corpus import encode_prompt, end_ids, end_of, get_batch, load_data, seed_for
 from machine import (
-    checkpoint_layers, choose_parallel, eagerly, leave, set_up_device, set_up_model,
+    checkpoint_layers, choose_parallel, eagerly, leave, pick_device, set_up_device, set_up_model,
     stop_on_signal)
 from model_files import base_dtype, load_base, load_hf, our_tensors, reference, resolve_model
 from own_text import write_own_text
-from probe import decoder_layers, probe, rounding
+from probe import attention_modules, layers_to_adapt, probe, rounding
+from replay import text_after
 from runs import (
     check_disk, check_settings, cut_back, find_checkpoint, load_training, open_log, save,
     try_to_save)
@@ -432,21 +432,9 @@ class DiffusionLM(nn.Module):
         """
         from peft import LoraConfig, inject_adapter_in_model  # slow to import
         from peft.tuners.lora import LoraLayer
-        wanted = targets.replace(" ", "").split(",")
-        if targets in ("auto", "attention"):  # peft's "all-linear" takes fused experts, too
-            wanted = set()
-            for layer in decoder_layers(self.lm):
-                inside = tuple(f"{name}." for name, _ in attention_modules(layer))
-                wanted |= {name for name, m in layer.named_modules()
-                           if isinstance(m, (nn.Linear, Conv1D))
-                           and (targets == "auto" or name.startswith(inside))}
-        there = [f".{name}" for name, _ in self.lm.named_modules()]
-        for name in wanted:  # peft is content if one of them fits
-            if not any(path.endswith(f".{name}") for path in there):
-                raise UserError(f"lora_targets: '{name}' is no layer of this model; use auto, "
-                                "attention, or names of layers")
+        wanted = layers_to_adapt(self.lm, targets)
         self.lora_config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(wanted),
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted,
             task_type="CAUSAL_LM", base_model_name_or_path=self.lm.name_or_path)
         with errors_as(f"lora_targets: '{targets}'"), warnings.catch_warnings(action="ignore"):
             inject_adapter_in_model(self.lora_config, self.lm)  # warns of Conv1D, then handles it
@@ -621,11 +609,6 @@ class DiffusionLM(nn.Module):
             # recomputed in the backward pass: the logits of one chunk exist at a time
             return torch.cat([recompute(chunk_loss, *chunk, use_reentrant=False)
                               for chunk in chunks])
-
-
-def attention_modules(module):
-    """[(name, module)] of attention: of classes named ...Attention, in every family."""
-    return [(k, m) for k, m in module.named_modules() if type(m).__name__.endswith("Attention")]
 
 
 def sinusoid(u):
@@ -1292,6 +1275,28 @@ def read_record(folder):
     """diffusion.json of a folder that save_folder() wrote, its values checked."""
     return runs.read_record(folder, SimpleNamespace(**settings_in(globals())), allowed)
 
+
+# ----------------------------------------------------------------------------------------------
+# In Python: model = DiffusionLM.from_pretrained("outputs/tiny_diffusion"); model.generate("Today")
+def from_pretrained(folder, device="auto"):
+    """A finished run, by its folder or its final/, to generate with. UserError if it has none."""
+    path, target = Path(folder), pick_device(device)
+    path = path / "final" if (path / "final").is_dir() else path
+    model, model.tokenizer = load_model(path, target, as_dtype=torch.float32)
+    return model.to(target).eval()
+
+
+def continue_text(model, prompt, new_tokens=64, steps=32, **options):
+    """The text that a model of from_pretrained() writes behind a prompt. options: of unmask()."""
+    ids = encode_prompt(model, model.tokenizer, prompt, new_tokens)
+    ends = end_ids(model.lm, model.tokenizer)
+    [row], _ = generate(model, [ids], new_tokens, steps, ends, **options)
+    new = row[len(ids):]
+    return text_after(model.tokenizer, new[:end_of(new, ends)], ids)
+
+
+# not in the class, as custom_generate/ has that without what loads it
+DiffusionLM.from_pretrained, DiffusionLM.generate = staticmethod(from_pretrained), continue_text
 
 if __name__ == "__main__":
     from convert import main  # one copy of the module, whoever else imports it

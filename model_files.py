@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -332,9 +333,22 @@ def write_folder(folder, model, tokenizer, record, training, tensors):
         model.lora_config.save_pretrained(folder / "adapter")
     record = record | {"base": model.base}
     (folder / "diffusion.json").write_text(json.dumps(record, indent=1))
+    write_index(folder)
     if training:
         torch.save(training, folder / "training.pt")
     (folder / "SHA256SUMS").write_text("\n".join(sorted(checksums(folder))) + "\n")
+
+
+def write_index(folder):
+    """Name the file of each weight of a Hugging Face model. Engines as vLLM would else take all
+    .safetensors for its weights, ours as well."""
+    file = folder / "model.safetensors"
+    if not file.exists():  # several files have an index
+        return
+    with safe_open(file, "pt") as weights:
+        names = dict.fromkeys(weights.keys(), file.name)
+    index = {"metadata": {"total_size": file.stat().st_size}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def checkpoints(out):

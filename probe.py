@@ -2,6 +2,7 @@
 whether it runs in the parts that diffusion needs."""
 import torch
 import torch.nn as nn
+from transformers.pytorch_utils import Conv1D
 
 from configurator import UserError, errors_as
 
@@ -74,6 +75,30 @@ def probe_logits(model, ids):
 def decoder_layers(lm):
     """The layers of a decoder: its first ModuleList."""
     return next(m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList))
+
+
+def attention_modules(module):
+    """[(name, module)] of attention: of classes named ...Attention, in every family."""
+    return [(k, m) for k, m in module.named_modules() if type(m).__name__.endswith("Attention")]
+
+
+def layers_to_adapt(lm, targets):
+    """The names that peft is given for a setting of lora_targets, sorted. UserError for one that no
+    layer has."""
+    wanted = set(targets.replace(" ", "").split(","))
+    if targets in ("auto", "attention"):  # peft's "all-linear" takes fused experts, too
+        wanted = set()
+        for layer in decoder_layers(lm):
+            inside = tuple(f"{name}." for name, _ in attention_modules(layer))
+            wanted |= {name for name, m in layer.named_modules()
+                       if isinstance(m, (nn.Linear, Conv1D))
+                       and (targets == "auto" or name.startswith(inside))}
+    there = [f".{name}" for name, _ in lm.named_modules()]
+    for name in wanted:  # peft is content if one of them fits
+        if not any(path.endswith(f".{name}") for path in there):
+            raise UserError(f"lora_targets: '{name}' is no layer of this model; use auto, "
+                            "attention, or names of layers")
+    return sorted(wanted)
 
 
 def turned_layers(model, ids):

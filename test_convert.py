@@ -1048,6 +1048,36 @@ def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_chat_model_writes_prompts_itself_and_answers_them(tmp_path):
+    model, tokenizer = diffusion(random_lm("llama", vocab_size=300)), chat_tokenizer()
+    ends = list(range(50, 99))
+    model.lm.generation_config.eos_token_id = ends
+    data = np.array([[*(~i for i in range(3, 9)), *range(3, 61)]] * 3, np.int32)  # (3, 64)
+    s = settings_of_convert(dtype="float32", own_prompts=40, on_policy_tokens=10**6)
+
+    def write(folder, **more):
+        folder.mkdir(exist_ok=True)
+        s_more = SimpleNamespace(**vars(s) | more)
+        return own_text.write_own_text(model, tokenizer, data, data, folder, s_more, (),
+                                       convert.with_less_memory)["train"]
+
+    windows = write(tmp_path / "a")
+    assert (windows[:3, :6] == data[:, :6]).all() and 20 < len(windows) <= 43, "the data's first"
+    prompts = [decode([~id for id in row if id < 0 and id != ~256]) for row in windows[3:]]
+    pattern = re.compile("<user>(.+)\n<assistant>", re.S)
+    assert all(pattern.fullmatch(prompt) for prompt in prompts) and len(set(prompts)) > 15
+    for row in windows[3:]:
+        asked = [~id for id in row if id < 0][:int((row >= 0).argmax())]
+        answer = greedy(model.lm, torch.tensor([asked]), 64 - len(asked))[0].tolist()
+        end = corpus.end_of(answer, [*ends, 256]) + 1
+        assert row[len(asked):][:end].tolist() == answer[:end]
+    assert write(tmp_path / "b").tolist() == windows.tolist(), "the seed decides"
+    assert write(tmp_path / "b", seed=5).tolist() != windows.tolist()
+    tokenizer.chat_template = None
+    with pytest.raises(configurator.UserError, match="own_prompts: .* no chat template"):
+        write(tmp_path / "c")
+
+
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
     documents = many(30, 120)
     write_rows(tmp_path, documents + [d[:300] + " but " + d[300:] for d in documents[:15]])
