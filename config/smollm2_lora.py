@@ -16,6 +16,8 @@ block_size = 4
 full_mask_share = 1.0  # the adapters are used for drafting only
 distill_weight = 1.0
 use_lora = True
+noise = "uniform"  # drafts start from random tokens,
+causal_blocks = True  # and see what is before them: as engines run them, with no special mask
 use_time_embedding = False  # drafting starts fully masked, so the noise level is always the same
 use_gradient_checkpointing = False  # faster, and memory suffices
 
