@@ -21,20 +21,23 @@ from sample import decode_verified
 
 # --------------------------------------------------------------------------------------------------
 # Generating
-def generate(model, mode="diffusion", folder=None, revision=None, steps=32, order="confidence",
-             threshold=0.0, remask=0, drafts=3, branches=4, **arguments):
+def generate(inputs=None, *, model, mode="diffusion", folder=None, revision=None, steps=32,
+             order="confidence", threshold=0.0, remask=0, drafts=3, branches=4, **arguments):
     """Generate with a converted model; returns ids (B, P + new) as model.generate() does.
 
     mode: diffusion, by unmasking, with steps, order, threshold and remask as in sample.py | verify,
     the text of the AR mode in fewer passes, by a block model, with drafts and branches | ar, the
     model's own generate(). arguments: of read_request(). folder: the result or its hub name, in
-    this revision; None: what custom_generate is.
+    this revision; None: what custom_generate is, or else the model's.
     """
+    arguments.pop("trust_remote_code", None)
+    given = arguments.pop("custom_generate", None)
     if mode == "ar":
-        return type(model).generate(model, **arguments)  # the instance's may be this function
-    # transformers does not hand over custom_generate, but it stands in the caller's frame
-    folder = folder or sys._getframe(1).f_locals.get("custom_generate") or model.name_or_path
-    request = read_request(model, **arguments)
+        return type(model).generate(model, inputs, **arguments)  # the instance's may be this one
+    # transformers keeps custom_generate to itself, but it stands in the frame that calls this
+    given = given or sys._getframe(1).f_locals.get("custom_generate")
+    folder = folder or (given if isinstance(given, str) else model.name_or_path)
+    request = read_request(model, inputs, **arguments)
     with logging_as_before(), diffusion_model(model, folder, revision) as dlm:
         check_request(dlm, request, mode, drafts)
         feed = feeder(request, dlm.mask_id)
@@ -56,8 +59,8 @@ def read_request(model, inputs=None, input_ids=None, attention_mask=None, genera
                  streamer=None, **options):
     """The arguments that model.generate() has as well, or UserError for what means nothing here.
 
-    options: max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id; where
-    they are not given, the model's generation_config.json holds.
+    options: max_new_tokens (64), do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id;
+    where they are not given, the model's generation_config.json holds.
     """
     ids, named = inputs if input_ids is None else input_ids, {}
     for name, value in options.items():

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, TextDiffusionStreamer, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer, TextStreamer
 
 import convert
 import export
@@ -138,6 +138,11 @@ def test_sampling_follows_torchs_seed_and_the_options_of_transformers(tmp_path, 
     else:
         wanted = sample.decode_verified(model, PROMPT, 16, 3, 4, sampling, [2])[0]
     assert found == wanted[:len(found)] and len(set(found)) > 2
+    torch.manual_seed(3)
+    more = {"generation_config": GenerationConfig(**options | GREEDY | {"do_sample": True})}
+    again = user.generate(torch.tensor([PROMPT]), custom_generate=str(tmp_path / "final"),
+                          trust_remote_code=True, mode=mode, steps=8, **more)
+    assert again[0, len(PROMPT):].tolist() == found
 
 
 @cases("mode,block_size", [("diffusion", 0), ("diffusion", 4), ("verify", 4)])
@@ -199,6 +204,19 @@ def test_adapters_act_in_the_mode_alone_and_belong_to_their_base(tmp_path, mode)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     with pytest.raises(Exception, match="whose weights are not those in"):
         write(other, tmp_path / "final", mode)
+
+
+@cases("kernel,dtype", [("eager", torch.float32), ("flex_attention", torch.float32),
+                        ("sdpa", torch.bfloat16)])
+def test_a_user_chooses_the_attention_and_the_dtype(tmp_path, kernel, dtype):
+    exported(tmp_path / "final", 4)
+    user = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=dtype,
+                                                attn_implementation=kernel)
+    model = convert.load_model(tmp_path / "final", CPU, as_dtype=dtype)[0].eval()
+    [wanted], _ = convert.generate(model, [PROMPT], 16, 8, [2])
+    found = write(user, tmp_path / "final", "diffusion", steps=8)[0].tolist()
+    assert found == wanted[:len(found)]
+    assert user.config._attn_implementation == kernel and user.dtype == dtype
 
 
 @cases("problem,arguments", [
@@ -265,7 +283,9 @@ def test_without_this_project_a_user_generates_in_each_mode(tmp_path):
             print(model.generate(**inputs, custom_generate="run/final", trust_remote_code=True,
                                  mode=mode, **{GREEDY})[0].tolist())
         model = AutoModelForCausalLM.from_pretrained("run/final", trust_remote_code=True)
-        print(model.generate(**inputs, mode="verify", **{GREEDY})[0].tolist())
+        print(model.generate(inputs["input_ids"], mode="verify", custom_generate="run/final",
+                             trust_remote_code=True, **{GREEDY})[0].tolist())
+        print(model.generate(**inputs, mode="ar", **{GREEDY})[0].tolist())
         """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env["HF_MODULES_CACHE"] = str(tmp_path / "hf")
@@ -276,4 +296,4 @@ def test_without_this_project_a_user_generates_in_each_mode(tmp_path):
     [wanted], _ = convert.generate(model, [PROMPT], 16, 32, [2])
     assert rows[0] == wanted[:len(rows[0])]
     greedy = user.generate(torch.tensor([PROMPT]), **GREEDY)[0].tolist()
-    assert rows[1:] == [greedy] * 3
+    assert rows[1:] == [greedy] * 4
