@@ -159,10 +159,11 @@ def feeder(request, mask_id):
 # The model
 @contextlib.contextmanager
 def logging_as_before():
-    """What is switched off within of the logging of libraries is on again afterwards."""
+    """What errors_as() switches off of a user's logging is on again afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)
             yield
     finally:
         logging.set_verbosity(level)

@@ -112,6 +112,7 @@ def test_the_weights_are_loaded_once_and_again_for_another_folder(tmp_path, monk
     assert vars(user)["_diffusion"] is not kept
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @cases("family", ["llama", "gpt2", "gemma2"])
 def test_verified_text_is_what_the_model_itself_generates(tmp_path, family):
     user, _ = exported(tmp_path / "final", 4, family=family)
@@ -186,7 +187,7 @@ def test_a_streamer_gets_each_token_once_in_order_and_masks_as_drafts(tmp_path, 
 def test_adapters_act_in_the_mode_alone_and_belong_to_their_base(tmp_path, mode):
     user, model = exported(tmp_path / "final", 4, LORA)
     before = user.generate(torch.tensor([PROMPT]), **GREEDY)
-    names = [name for name, _ in user.named_modules()]
+    names, config = [name for name, _ in user.named_modules()], user.config.to_dict()
     found = write(user, tmp_path / "final", mode, steps=8)
     if mode == "verify":
         assert found.equal(before)
@@ -196,6 +197,7 @@ def test_adapters_act_in_the_mode_alone_and_belong_to_their_base(tmp_path, mode)
     assert write(user, tmp_path / "final", mode, steps=8).equal(found)
     assert [name for name, _ in user.named_modules()] == names
     assert "peft_config" not in vars(user)
+    assert user.config.to_dict() == config, "a base knows nothing of is_causal"
     assert all(p.requires_grad for p in user.parameters())
     assert user.generate(torch.tensor([PROMPT]), **GREEDY).equal(before)
 
