@@ -68,6 +68,7 @@ seed = 1337  # of the random numbers that a temperature needs
 watch = False  # show the text unmasking in place, on a terminal
 trace = ""  # write a page that replays the unmasking, as trace.html; opens in any browser, offline
 json = False  # one JSON object a sample on stdout, and nothing else
+export = ""  # write final/ for another program: transformers
 
 allowed = dict.fromkeys((
     "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
@@ -244,6 +245,9 @@ def main(argv):
         import evaluation  # not needed to write text
         evaluation.check_flags(s)
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
+    if export:
+        from export import export_transformers  # it imports this module
+        return export_transformers(folder)
     record = read_record(folder)
     texts = read_prompts(record["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype

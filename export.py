@@ -1,0 +1,117 @@
+"""What another program needs to run a result, beside the model in final/.
+
+python sample.py --export=transformers writes final/custom_generate/: model.generate() of Hugging
+Face transformers can then generate as sample.py does, where this project is not installed:
+
+  model = AutoModelForCausalLM.from_pretrained("RUN/final")
+  model.generate(**tokenizer("Hello", return_tensors="pt"), custom_generate="RUN/final",
+                 trust_remote_code=True, mode="diffusion", max_new_tokens=64, steps=32)
+
+The two files in it are no copies that someone keeps up to date: collect() writes them out of the
+functions here. generate.py holds those of custom_generate.py, diffusion_lm.py all that they need.
+"""
+import ast
+import builtins
+import functools
+import symtable
+from pathlib import Path
+
+from configurator import UserError, errors_as
+from convert import read_record
+from runs import write_whole
+
+HERE = Path(__file__).parent
+HEAD = """Written by python sample.py --export=transformers; changes here are lost. MIT License."""
+
+
+@functools.cache
+def read_module(module):
+    """What stands at the top of a module beside this one: ({name: source of a function, class or
+    constant}, {name: (module, name there or None, import line)}, the names of settings)."""
+    text = (HERE / f"{module}.py").read_text()
+    lines, defined, imported, settings = text.splitlines(), {}, {}, set()
+    for node in ast.parse(text).body:
+        names, first = [], node.lineno
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.asname or alias.name.partition(".")[0]
+                imported[name] = alias.name, None, ast.unparse(ast.Import([alias]))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                line = ast.unparse(ast.ImportFrom(node.module, [alias], 0))
+                imported[alias.asname or alias.name] = node.module, alias.name, line
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names, first = [node.name], min(x.lineno for x in (node, *node.decorator_list))
+        elif isinstance(node, ast.Assign):
+            names = [x.id for x in node.targets if isinstance(x, ast.Name)]
+            settings |= {name for name in names if name.islower()}
+        defined |= dict.fromkeys(names, "\n".join(lines[first - 1:node.end_lineno]))
+    return defined, imported, settings if "allowed" in defined else set()  # else it is no script
+
+
+def names_in(source):
+    """The global names that a piece of source uses, sorted, with those of builtins."""
+    tables, names = [symtable.symtable(source, "", "exec")], set()
+    for table in tables:
+        names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables += table.get_children()
+    return sorted(names)
+
+
+def collect(roots, others=None):
+    """The source of a file with the functions, classes and constants at roots [(module, name)], all
+    that they need of this project's modules, and the imports for it. UserError for what cannot
+    stand alone, as a function that reads a setting.
+
+    others: a list, to which (module, name) is added of what is not to be collected, as other
+    modules than those of the roots have it, but imported from diffusion_lm.py.
+    """
+    sources, imports, origins, seen = {}, set(), {}, set()
+
+    def add(module, name, user):
+        defined, imported, settings = read_module(module)
+        origin = module
+        if name in imported:
+            there, original, origin = imported[name]
+            if (HERE / f"{there}.py").exists():
+                if original is None or others is None and original != name:
+                    raise UserError(f"export: {user} uses {name} by '{origin}', which cannot be "
+                                    "collected; import what it needs by its name")
+                if others is None:
+                    return add(there, name, user)
+                others.append((there, original))
+                origin = origin.replace(f"from {there} ", "from .diffusion_lm ")
+            imports.add(origin)
+        elif name in settings:
+            raise UserError(f"export: {user} reads the setting {name}; give it as an argument")
+        elif name not in defined:
+            if not hasattr(builtins, name):
+                raise UserError(f"export: {user} uses {name}, which {module}.py does not define")
+            return
+        if origins.setdefault(name, origin) != origin:
+            raise UserError(f"export: {name} is of {origins[name]}, and for {user} of {origin}")
+        if name in defined and name not in seen:
+            seen.add(name)
+            for used in names_in(defined[name]):
+                add(module, used, name)
+            sources[name] = defined[name]  # behind what it needs
+
+    for module, name in roots:
+        add(module, name, "export.py")
+    lines = sorted(imports, key=lambda line: (line.startswith("from ."), line))
+    return "\n".join(lines) + "".join(f"\n\n\n{source}" for source in sources.values()) + "\n"
+
+
+def export_transformers(folder):
+    """Write custom_generate/ into the folder of a result."""
+    read_record(folder)  # UserError if it is none
+    others = []
+    entry = collect([("custom_generate", "generate")], others)
+    files = {"generate.py": entry, "diffusion_lm.py": collect(others)}
+    target = Path(folder) / "custom_generate"
+    with errors_as(f"export: cannot write to {target}"):
+        target.mkdir(exist_ok=True)
+        for name, source in files.items():
+            write_whole(target / name, f'"""{HEAD}"""\n{source}')
+    print(f"{target}: model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True, "
+          "mode='diffusion'); modes: diffusion, verify, ar")
