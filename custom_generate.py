@@ -16,7 +16,7 @@ from convert import DiffusionLM
 from convert import generate as fill_masks
 from corpus import end_of
 from model_files import fingerprint, our_tensors
-from sample import decode_verified
+from verify import decode_verified
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def check_request(dlm, request, mode, drafts):
                         "diffusion or ar")
     if mode == "verify" and drafts < 1:
         raise UserError("drafts: must be 1 or more; mode='ar' drafts nothing")
-    beyond = 2 * drafts + 2  # where masks stand
+    beyond = 2 * min(drafts, dlm.block_size) + 2  # where masks stand
     if mode == "diffusion":
         beyond = -request.new_tokens % (dlm.block_size or 1)  # whole blocks
     length = max(map(len, request.prompts)) + request.new_tokens + beyond
@@ -110,10 +110,10 @@ def check_request(dlm, request, mode, drafts):
 
 def verified(dlm, request, feed, drafts, branches):
     """The new ids of each prompt, by verified drafts."""
-    new = [decode_verified(dlm, prompt, request.new_tokens, drafts, branches, request.sampling,
-                           request.ends)[0] for prompt in request.prompts]
-    feed(new[0], len(new[0]))
-    return new
+    seeds = torch.randint(2**31, (len(request.prompts),)).tolist()  # so torch's seed decides
+    return decode_verified(
+        dlm, request.prompts, request.new_tokens, drafts, branches, request.sampling, request.ends,
+        seeds, lambda new: feed(new[0], len(new[0])))[0]
 
 
 def unmasked(dlm, request, feed, **options):

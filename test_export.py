@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionSt
 import convert
 import export
 import model_files
-import sample
+import verify
 from configurator import UserError
 from test_convert import CPU, HERE, LORA, cases, diffusion, random_lm, save_final
 
@@ -121,6 +121,8 @@ def test_verified_text_is_what_the_model_itself_generates(tmp_path, family):
         assert write(user, tmp_path / "final", "verify", prompt).equal(wanted)
         wanted = user.generate(torch.tensor([prompt]), **GREEDY, eos_token_id=wanted[0, 9].item())
         assert len(wanted[0]) < 12
+        assert write(user, tmp_path / "final", "verify", prompt, drafts=99, branches=0,
+                     eos_token_id=wanted[0, -1].item()).equal(wanted)
         assert write(user, tmp_path / "final", "verify", prompt,
                      eos_token_id=wanted[0, -1].item()).equal(wanted)
 
@@ -137,7 +139,8 @@ def test_sampling_follows_torchs_seed_and_the_options_of_transformers(tmp_path, 
         [row], _ = convert.generate(model, [PROMPT], 16, 8, [2], sampling=sampling, threshold=0.0)
         wanted = row[len(PROMPT):]
     else:
-        wanted = sample.decode_verified(model, PROMPT, 16, 3, 4, sampling, [2])[0]
+        seeds = torch.randint(2**31, (1,)).tolist()
+        [wanted], _ = verify.decode_verified(model, [PROMPT], 16, 0, 0, sampling, [2], seeds)
     assert found == wanted[:len(found)] and len(set(found)) > 2
     torch.manual_seed(3)
     more = {"generation_config": GenerationConfig(**options | GREEDY | {"do_sample": True})}
@@ -261,8 +264,8 @@ def test_what_cannot_stand_alone_is_not_collected():
         export.collect([("convert", "make_optimizer")])
     with pytest.raises(UserError, match="uses processes by 'import processes'"):
         export.collect([("convert", "window_losses")])
-    source = export.collect([("sample", "draft_layout"), ("convert", "sinusoid")])
-    assert source.startswith("import functools\nimport math\nimport torch\n\n\n@functools.lru_")
+    source = export.collect([("verify", "race_times"), ("convert", "sinusoid")])
+    assert source.startswith("import functools\nimport hashlib\nimport math\nimport torch\n")
     exec(compile(source, "collected", "exec"), scope := {})
     assert scope["sinusoid"](torch.tensor([[0.5]])).equal(convert.sinusoid(torch.tensor([[0.5]])))
 
