@@ -6,6 +6,7 @@
   python sample.py --threshold=0.9                        # in each pass all tokens that probable
   python sample.py --verify --compare                     # a block model drafts, its AR mode checks
   python sample.py --prompts=questions.txt --chat --json  # one prompt a line; - is standard input
+  python sample.py --serve                                # a page to try it in a browser
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
   python sample.py --evaluate=my_text.txt --json          # instead of text, figures on a text
 """
@@ -67,6 +68,8 @@ dtype = "float32"  # of the weights: float32 | bfloat16 | float16
 seed = 1337  # of the random numbers that a temperature needs
 watch = False  # show the text unmasking in place, on a terminal
 trace = ""  # write a page that replays the unmasking, as trace.html; opens in any browser, offline
+serve = False  # a page to try the model in a browser, on this machine alone
+port = 8000  # of that page; 0: a free one
 json = False  # one JSON object a sample on stdout, and nothing else
 export = ""  # write final/ for another program: transformers
 
@@ -74,7 +77,7 @@ allowed = dict.fromkeys((
     "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
-    "branches": (-1, 10**4), "verify_batch": (1, 10**5),
+    "branches": (-1, 10**4), "verify_batch": (1, 10**5), "port": (0, 65535),
     "tasks_draws": (1, 10**6), "tasks_mode": {"ar", "diffusion"},
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
@@ -108,8 +111,9 @@ def hole_in(tokenizer):
     return " ?" + HOLE if len(first) == len(inside) else HOLE
 
 
-def encode(model, tokenizer, text):
-    """(ids of a prompt with the masks in it and behind it, where these are: slices)."""
+def encode(model, tokenizer, text, new_tokens, chat=False, beyond=0):
+    """(ids of a prompt with the masks in it and behind it, where these are: slices). beyond: so
+    many positions more must be there, where masks stand while a text is drafted."""
     if chat:
         if not tokenizer.chat_template:
             raise UserError("chat: this tokenizer has no chat template; take a chat model")
@@ -121,11 +125,10 @@ def encode(model, tokenizer, text):
         raise UserError(f"prompt: {wrong[0]!r} is no hole; [MASK:12] is one of 12 tokens, [MASK] "
                         "of one")
     if len(parts) == 1:
-        beyond = 2 * (drafts or 7) + 2 if verify else 0  # where masks stand
         start = [] if chat else None  # a chat template writes BOS itself
-        ids = encode_prompt(model, tokenizer, text, max_new_tokens + beyond, start)
-        hole = slice(len(ids), len(ids) + max_new_tokens)
-        return ids + [model.mask_id] * max_new_tokens, [hole]
+        ids = encode_prompt(model, tokenizer, text, new_tokens + beyond, start)
+        hole = slice(len(ids), len(ids) + new_tokens)
+        return ids + [model.mask_id] * new_tokens, [hole]
     if model.block_size:
         raise UserError("prompt: a block model writes left to right and cannot fill [MASK:...]; a "
                         "whole-sequence one can")
@@ -201,20 +204,26 @@ def decode_all(model, encoded, sampling, ends, generator, watcher):
         "forwards": forwards, "seconds": round(seconds, 3)}
 
 
-def print_sample(tokenizer, text, ids, holes, row, ends, figures):
-    """Print one sample, as text or as JSON."""
+def text_of(tokenizer, text, ids, holes, row, ends):
+    """(The new ids of a row, its text: what follows the prompt, or all of it around holes)."""
     parts = [row[hole] for hole in holes]
     token_ids, filled = sum(parts, []), iter(parts)
     written, n_holes = re.subn(hole_in(tokenizer),
                                lambda _: text_after(tokenizer, next(filled)), text)
-    if not n_holes:
-        token_ids = token_ids[:end_of(token_ids, ends)]
-        written = text_after(tokenizer, token_ids, ids[:holes[0].start])
+    if n_holes:
+        return token_ids, written
+    token_ids = token_ids[:end_of(token_ids, ends)]
+    return token_ids, text_after(tokenizer, token_ids, ids[:holes[0].start])
+
+
+def print_sample(tokenizer, text, ids, holes, row, ends, figures):
+    """Print one sample, as text or as JSON."""
+    token_ids, written = text_of(tokenizer, text, ids, holes, row, ends)
     if json:
         print(dumps({"prompt": text, "text": written, "token_ids": token_ids,
                      "tokens": len(token_ids)} | figures))
     else:
-        print(f"{'' if n_holes or chat else text}{written}\n")
+        print(f"{'' if re.search(HOLE, text) or chat else text}{written}\n")
 
 
 def print_notes(model, folder, trained, longest):
@@ -234,16 +243,25 @@ def print_notes(model, folder, trained, longest):
             print(f"note: {note}", file=sys.stderr)
 
 
-def main(argv):
-    configure(globals(), argv, allowed)
+def choose_work(s):
+    """work(model, tokenizer, folder) where flags ask for another than to write text, else None.
+    UserError for flags that exclude one another, before a model is loaded."""
     if watch and (json or not sys.stdout or not sys.stdout.isatty()):
         raise UserError("watch: needs a terminal, and no --json")
     if watch and (verify or prompts):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
-    s = SimpleNamespace(**settings_in(globals()))
+    if serve:
+        from serve import prepare_page  # as evaluation, not needed to write text
+        return prepare_page(s)
     if evaluate or tasks or tasks_folder or tasks_mode != "ar":
-        import evaluation  # not needed to write text
+        import evaluation
         evaluation.check_flags(s)
+        return lambda *loaded: evaluation.evaluate_model(*loaded, s)
+
+
+def main(argv):
+    configure(globals(), argv, allowed)
+    work = choose_work(SimpleNamespace(**settings_in(globals())))
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
     if export:
         from export import export_transformers  # it imports this module
@@ -253,12 +271,14 @@ def main(argv):
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
-    if evaluate or tasks:
-        return evaluation.evaluate_model(model, tokenizer, folder, s)
+    if work:
+        return work(model, tokenizer, folder)
     check_flags(model, len(texts))
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
-    encoded = [encode(model, tokenizer, text) for text in texts for _ in range(num_samples)]
+    beyond = 2 * (drafts or 7) + 2 if verify else 0
+    encoded = [encode(model, tokenizer, text, max_new_tokens, chat, beyond)
+               for text in texts for _ in range(num_samples)]
     print_notes(model, folder, record["max_seq_length"], max(len(ids) for ids, _ in encoded))
 
     frames = [(encoded[0][0], [])]  # before the first pass
