@@ -1,14 +1,11 @@
-"""What another program needs to run a result, beside the model in final/.
+"""Results for other programs, where this project is not installed.
 
-python sample.py --export=transformers writes final/custom_generate/: model.generate() of Hugging
-Face transformers can then generate as sample.py does, where this project is not installed:
+  python sample.py --export=transformers  # final/custom_generate/, for model.generate()
+  python sample.py --export=gguf          # model.gguf, for llama.cpp
+  python sample.py --export=uno           # uno/, adapters that draft for SGLang
 
-  model = AutoModelForCausalLM.from_pretrained("RUN/final")
-  model.generate(**tokenizer("Hello", return_tensors="pt"), custom_generate="RUN/final",
-                 trust_remote_code=True, mode="diffusion", max_new_tokens=64, steps=32)
-
-The two files in it are no copies that someone keeps up to date: collect() writes them out of the
-functions here. generate.py holds those of custom_generate.py, diffusion_lm.py all that they need.
+Of the first, the two files are no copies that someone keeps up to date: collect() writes them out
+of the functions here. generate.py holds those of custom_generate.py, diffusion_lm.py what they need.
 """
 import ast
 import builtins
@@ -115,3 +112,25 @@ def export_transformers(folder):
             write_whole(target / name, f'"""{HEAD}"""\n{source}')
     print(f"{target}: model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True, "
           "mode='diffusion'); modes: diffusion, verify, ar")
+
+
+def prepare_export(kind, copy):
+    """work(model, tokenizer, folder) of sample.py, which writes a result for another program and
+    says how to use it. kind: transformers | gguf | uno. UserError if a package is missing."""
+    if kind == "transformers":
+        return lambda model, tokenizer, folder: export_transformers(folder)
+    if kind == "gguf":
+        from gguf_export import export_gguf  # it needs a package of its own
+
+        def work(model, tokenizer, folder):
+            path = folder.parent / "model.gguf"
+            export_gguf(model, tokenizer, path)
+            print(f"{path}: llama-diffusion-cli -m {path} -p '...' -ub 64 --diffusion-steps 32 "
+                  "--diffusion-eps 0.001 --temp 0.2")
+        return work
+    from uno_export import export_uno
+
+    def work(model, tokenizer, folder):
+        written = export_uno(model, tokenizer, folder, copy)
+        print(f"{written}: its README.md says how SGLang runs it")
+    return work

@@ -9,6 +9,8 @@
   python sample.py --serve                                # a page to try it in a browser
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
   python sample.py --evaluate=my_text.txt --json          # instead of text, figures on a text
+  python sample.py --serve                                # a page to try it in a browser
+  python sample.py --export=transformers                  # for other programs: also gguf, uno
 """
 import re
 import sys
@@ -71,13 +73,16 @@ trace = ""  # write a page that replays the unmasking, as trace.html; opens in a
 serve = False  # a page to try the model in a browser, on this machine alone
 port = 8000  # of that page; 0: a free one
 json = False  # one JSON object a sample on stdout, and nothing else
-export = ""  # write final/ for another program: transformers
+# other programs
+export = ""  # write the result for another program: transformers | gguf | uno
+export_copy = False  # uno: with a copy of the base, where a link to it would do
 
 allowed = dict.fromkeys((
     "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
     "branches": (-1, 10**4), "verify_batch": (1, 10**5), "port": (0, 65535),
+    "export": {"", "transformers", "gguf", "uno"},
     "tasks_draws": (1, 10**6), "tasks_mode": {"ar", "diffusion"},
     "dtype": {"float32", "bfloat16", "float16"},
     "order": {"confidence", "entropy", "margin", "random", "left_to_right"},
@@ -251,8 +256,11 @@ def choose_work(s):
     if watch and (verify or prompts):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
     if serve:
-        from serve import prepare_page  # as evaluation, not needed to write text
+        from serve import prepare_page  # as the others below, not needed to write text
         return prepare_page(s)
+    if export:
+        from export import prepare_export
+        return prepare_export(export, export_copy)
     if evaluate or tasks or tasks_folder or tasks_mode != "ar":
         import evaluation
         evaluation.check_flags(s)
@@ -263,9 +271,6 @@ def main(argv):
     configure(globals(), argv, allowed)
     work = choose_work(SimpleNamespace(**settings_in(globals())))
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
-    if export:
-        from export import export_transformers  # it imports this module
-        return export_transformers(folder)
     record = read_record(folder)
     texts = read_prompts(record["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype

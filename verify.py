@@ -264,7 +264,7 @@ def measure_passes(model, context, most, batch=1):
     found, n = [], 1
     while not found or found[-1][0] < most:
         rows = [(0, context, 0, context + 1, FOREVER)]
-        rows += [(MASK, context + i, 1, context + 1, FOREVER) for i in range(1, n)]
+        rows += [(MASK, context + 1 + i % 8, 1, context + 1, FOREVER) for i in range(1, n)]
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
@@ -311,7 +311,9 @@ def choose(model, s, context):
     if s.tree or len(drafts) == len(branches) == 1:
         n = s.drafts or min(3, most)
         return n, s.branches if s.branches >= 0 else n + 1, None
-    costs = measure_passes(model, context, 32, s.verify_batch)
+    rows = max(1 + d + b * d for d in drafts for b in branches if b <= d + 1)
+    context = max(1, min(context, model.max_positions - 9))  # where what is measured has room
+    costs = measure_passes(model, context, rows, s.verify_batch)
     return 1, 1, make_plan(costs, drafts, branches)
 
 
