@@ -5,7 +5,8 @@
   python sample.py --export=uno           # uno/, adapters that draft for SGLang
 
 Of the first, the two files are no copies that someone keeps up to date: collect() writes them out
-of the functions here. generate.py holds those of custom_generate.py, diffusion_lm.py what they need.
+of the functions here. generate.py holds those of custom_generate.py, diffusion_lm.py what these
+need.
 """
 import ast
 import builtins

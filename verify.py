@@ -163,6 +163,13 @@ def start_texts(model, prompts, sampling, seeds):
                    for prompt, token, seed in zip(prompts, first, seeds, strict=True)]
 
 
+def lay_out(text, n_drafts, branches, tree):
+    """Put the rows of a text's next pass into it."""
+    text["nodes"] = grow(text["new"][-1], text["drafts"], tree or len(text["drafts"]))
+    start = text["start"] + len(text["new"]) - 1
+    text["rows"], text["behind"] = layout(text["nodes"], start, n_drafts, branches)
+
+
 def run_pass(model, texts, cache):
     """Logits (B, L, V) of one pass over the rows of each text, fewer of which are filled up."""
     L = max(len(text["rows"]) for text in texts)
@@ -230,9 +237,7 @@ def decode_verified(model, prompts, new_tokens, drafts, branches, sampling, ends
 
         # 1) one pass over the candidates and the noisy rows behind them
         for text in texts:
-            text["nodes"] = grow(text["new"][-1], text["drafts"], tree or len(text["drafts"]))
-            start = text["start"] + len(text["new"]) - 1
-            text["rows"], text["behind"] = layout(text["nodes"], start, drafts, branches)
+            lay_out(text, drafts, branches, tree)
         logits = run_pass(model, texts, cache)  # (B, L, V)
         counts["forwards"] += len(texts)
         places = [[row[1] + 1 for row in text["rows"]] for text in texts]
@@ -276,11 +281,10 @@ def measure_passes(model, context, most, batch=1):
     return found
 
 
-def make_plan(costs, drafts, branches):
-    """The plan of decode_verified() for costs of measure_passes(): the fastest (drafts, branches)
-    among those allowed, two lists, by the acceptance so far. (0, 0) is plain AR decoding."""
+def make_plan(costs, ways):
+    """The plan of decode_verified() for costs of measure_passes(): the fastest of ways, a set of
+    (drafts, branches), by the acceptance so far. (0, 0) is plain AR decoding."""
     sizes, seconds = zip(*costs, strict=True)
-    ways = [(d, b) for d in drafts for b in branches if b <= d + bool(d)]
     first = max([way for way in ways if way[0] <= 3] or ways)  # to learn what is accepted
 
     def speed(way, counts):  # tokens per second
@@ -304,17 +308,19 @@ def make_plan(costs, drafts, branches):
 
 
 def choose(model, s, context):
-    """How verify_texts() drafts: (drafts, branches, plan) of decode_verified()."""
+    """How to draft behind so many tokens, as settings of sample.py say and this machine is fastest:
+    (drafts, branches, plan) of decode_verified()."""
     most = min(model.block_size - 1, 7)
     drafts = [s.drafts] if s.drafts else range(most + 1)
     branches = [s.branches] if s.branches >= 0 else range(9)
     if s.tree or len(drafts) == len(branches) == 1:
         n = s.drafts or min(3, most)
         return n, s.branches if s.branches >= 0 else n + 1, None
-    rows = max(1 + d + b * d for d in drafts for b in branches if b <= d + 1)
+    ways = {(d, min(b, d + bool(d))) for d in drafts for b in branches}
+    rows = max(1 + d + b * d for d, b in ways)
     context = max(1, min(context, model.max_positions - 9))  # where what is measured has room
     costs = measure_passes(model, context, rows, s.verify_batch)
-    return 1, 1, make_plan(costs, drafts, branches)
+    return 1, 1, make_plan(costs, ways)
 
 
 def verify_texts(model, prompts, sampling, ends, s):
