@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import json
+import os
 import re
 import socketserver
 import sys
@@ -333,6 +334,6 @@ def prepare_page(s):
         except KeyboardInterrupt:
             server.stopping = True
             page.busy.acquire(timeout=10)  # not in the middle of a pass
-            print("\nstopped")
-        server.server_close()
+            print("\nstopped", flush=True)
+            os._exit(0)  # a thread may still free what a text had, which an orderly end would abort
     return work

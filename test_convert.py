@@ -2564,9 +2564,10 @@ def test_pages_name_only_settings_and_files_that_exist():
         text = page.read_text().replace("\\\n", " ")
         # torchrun's and Slurm's own flags
         text = re.sub(r"#SBATCH.*|torchrun[^`\n]*?(?=convert\.py|`)", "python ", text)
+        text = re.sub(r"(llama-diffusion-cli|sglang\.|api_server|(vllm|transformers) serve).*", "",
+                      text)
         if page.name != "other_trainers.md":  # which names those of others
-            ours = re.sub(r"llama-diffusion-cli.*|(launch_server|api_server|(vllm|transformers) serve).*", "", text)
-            flags = set(re.findall(r"(?<![\w-])--([a-z]\w*)", ours))
+            flags = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
             assert flags - known <= {"name", "no", "index", "write"}, page  # pip's, too
             quotes = set(re.findall(r"`(\w+_\w+)(?:=[^`]*)?`", text))
             assert quotes <= known | FIELDS, (page, quotes - known - FIELDS)
