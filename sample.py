@@ -24,7 +24,7 @@ import torch
 from configurator import UserError, configure, errors_as, first_line, run, settings_in
 from convert import generate, load_model, read_record
 from corpus import encode_prompt, end_ids, end_of, opening
-from machine import pick_autocast, pick_device
+from machine import pick_autocast, pick_device, speed_up_sampling
 from model_files import checkpoints
 from replay import text_after, text_with_masks, write_trace
 from verify import verify_texts
@@ -279,6 +279,7 @@ def main(argv):
     if work:
         return work(model, tokenizer, folder)
     check_flags(model, len(texts))
+    speed_up_sampling(model)
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
     beyond = 2 * (drafts or 7) + 2 if verify else 0

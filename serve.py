@@ -27,6 +27,7 @@ import sample
 from configurator import UserError, check_value, out_of_memory
 from convert import generate, read_record
 from corpus import end_ids
+from machine import speed_up_sampling
 from replay import text_after
 from verify import choose, decode_verified
 
@@ -325,6 +326,7 @@ def prepare_page(s):
 
     def work(model, tokenizer, folder):
         page = server.page = Page(model, tokenizer, folder, s)
+        speed_up_sampling(model)
         first = page.read(json.dumps({"max_new_tokens": 2, "prompt": "a"}))
         page.events(*first, page.encode(*first), lambda event: None)  # else slower than the second
         print(f"{folder}: a page to try it at http://{server.hosts[0]} on this machine; Ctrl-C "

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import convert
+import machine
 import verify
 from test_convert import (
     LORA, UNIFORM, assert_close, cases, chi_square, diffusion, meta_by_hand, random_ids, random_lm)
@@ -131,3 +132,30 @@ def test_verified_sampling_has_the_distribution_of_the_causal_model():
     n = len(counts) - 1
     assert chi_square(counts, expected.clamp(min=1)) < n + 4 * math.sqrt(2 * n)
 
+
+
+@cases("more", [{}, {"tie_word_embeddings": True}, {"lora": None}])
+@cases("family", ["llama", "gpt2", "phi", "gemma2", "mistral"])
+@torch.no_grad()
+def test_a_model_made_faster_for_sampling_has_the_same_logits(family, more):
+    lora = more.get("lora", LORA)
+    lm = random_lm(family, **{k: v for k, v in more.items() if k != "lora"})
+    model, ids = diffusion(lm, block_size=4, lora=lora), random_ids(2, 12)
+    for p in model.adapter_state().values():
+        torch.nn.init.normal_(p, std=0.3)
+    noisy = torch.cat([ids, ids.masked_fill(ids % 2 == 0, model.mask_id)], 1)
+
+    def logits():
+        model.set_causal(True)
+        output, states = model.hidden_of_blocks(noisy, torch.full((2, 6), 500))
+        both = model.head(output, states)
+        model.set_causal(True)
+        return torch.cat([both, model(ids), model(ids[:1, :1]).expand(2, -1, -1)], 1)
+
+    expected = logits()
+    n_weights = sum(p.numel() for p in lm.parameters())
+    machine.speed_up_sampling(model)
+    found = logits()
+    assert_close(found, expected, rtol=0, atol=1e-5 * (1 + expected.abs().max().item()))
+    if family == "llama":  # gpt2 has no nn.Linear but its head
+        assert sum(p.numel() for p in lm.parameters()) < 0.6 * n_weights, "packed ones are freed"
