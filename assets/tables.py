@@ -267,10 +267,10 @@ def screen():
 
 
 PAGES = {
-    "README.md": [screen, blocks, stages, sizes],
+    "README.md": [screen, blocks, stages],
     "assets/recipe.md": [recipe],
     "assets/blocks.md": [ablation, masks, sampling],
-    "assets/memory.md": [cards, estimates, options, gpu, speed],
+    "assets/memory.md": [sizes, cards, estimates, options, gpu, speed],
 }
 
 
