@@ -224,13 +224,14 @@ def our_sampling():
                         f"{model.max_positions}")
     block = min(model.block_size or new_tokens, new_tokens)
     n_blocks = math.ceil(new_tokens / block)
-    drafts = {"ar": 0, "verify": min(3, model.block_size - 1)}
+    drafts, drafted = {"ar": 0, "verify": min(3, model.block_size - 1)}, defaultdict(Counter)
 
     def generate(kind, text):  # (new ids, forward passes)
         if kind == "baseline_sample":
             return plain_unmasking(model, text, new_tokens, sample_steps), sample_steps
         if kind in drafts:
             [new], counts = verify.decode_verified(model, [text], new_tokens, drafts[kind], 4, {})
+            drafted[kind].update(counts)
             return new, counts["forwards"]
         n, passes = new_tokens, sample_steps
         if kind == "first_block":
@@ -244,7 +245,9 @@ def our_sampling():
         start = now(device)
         out, forwards = zip(*(generate(kind, text) for text in texts), strict=True)
         seconds, n = now(device) - start, sum(map(len, out))
+        counts = drafted[kind]
         return {"tokens_per_s": n / seconds, "forwards_per_token": sum(forwards) / n, "out": out,
+                "accepted_per_check": counts["accepted"] / max(1, counts["checks"]),
                 "device": name_of(device)}
     return work
 
@@ -452,7 +455,8 @@ def measure_sampling():
     first_block = len(found["first_block"][0]["out"][0])  # tokens
     row["first_block_ms"] = 1000 * first_block / row.pop("first_block_tokens_per_s")
     if "verify_tokens_per_s" in row:
-        row["verify_forwards_per_token"] = found["verify"][-1]["forwards_per_token"]
+        for name in ("forwards_per_token", "accepted_per_check"):
+            row[f"verify_{name}"] = found["verify"][-1][name]
     if baseline:
         theirs = found["baseline_sample"][-1]["out"]
         row["sample_speedup"] = row["sample_tokens_per_s"] / row["baseline_sample_tokens_per_s"]
