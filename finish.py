@@ -228,6 +228,7 @@ def show(model, tokenizer, val_data, autocast, out, s):
     measured is told in one line, as the run is saved."""
     result = figures_of(read_run(out))
     model.eval()
+    torch.manual_seed(s.seed)  # of the random tokens of noise="uniform"
     try:
         if not processes.is_sharded(model):
             with (errors_as("on held-out text", RunError), eagerly(s.compile_model),

@@ -61,6 +61,11 @@ ROWS = {
     "blocks of 4, adapters": (BLOCKS, "--use_lora"),
     "blocks of 4, adapters, own text alone":
         (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1"),
+    "blocks of 4, adapters, own text alone, causal":
+        (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1 --causal_blocks"),
+    "blocks of 4, adapters, own text alone, causal, uniform":
+        (BLOCKS, "--use_lora --on_policy_tokens=50000 --on_policy_share=1 --causal_blocks "
+                 "--noise=uniform"),
 }
 
 
