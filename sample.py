@@ -276,6 +276,7 @@ def main(argv):
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
+    torch.manual_seed(seed)  # of the random tokens that a model with noise="uniform" sees
     if work:
         return work(model, tokenizer, folder)
     check_flags(model, len(texts))
@@ -299,7 +300,6 @@ def main(argv):
     ends = end_ids(model.lm, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator(target).manual_seed(seed)
-    torch.manual_seed(seed)  # of the random tokens that a model with noise="uniform" sees
     rows, figures = decode_all(model, encoded, sampling, ends, generator,
                                show if watch or trace else None)
     if watch:
