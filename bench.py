@@ -56,7 +56,7 @@ import sample
 import verify
 from configurator import (
     RunError, UserError, configure, errors_as, first_line, out_of_memory, run, settings_in)
-from machine import memory_gb
+from machine import memory_gb, speed_up_sampling
 from terminal import duration
 
 # --------------------------------------------------------------------------------------------------
@@ -213,6 +213,7 @@ def our_sampling():
     """The sampler of convert.py, plain AR decoding, verified decoding, and LLaDA's plain loop."""
     device, _, model, tokenizer = build(for_training=False)
     model.eval()
+    speed_up_sampling(model)
     texts = np.random.default_rng(0).integers(0, model.mask_id, (4, 32)).tolist()
     if prompts:
         sample.prompts = prompts

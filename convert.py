@@ -10,8 +10,8 @@
 Config files and --name=value override the settings below, left to right. The result, out_dir/final,
 is a plain Hugging Face folder (the AR model) with diffusion.safetensors and diffusion.json beside
 it; sample.py generates text with it. The method is told from here to main(); what supports it is in
-corpus.py, bpe.py, own_text.py, model_files.py, runs.py, terminal.py, probe.py, machine.py and
-processes.py, and after main().
+corpus.py, bpe.py, own_text.py, model_files.py, runs.py, terminal.py, probe.py, replay.py,
+machine.py and processes.py, and after main().
 """
 import contextlib
 import copy
@@ -78,7 +78,7 @@ dataset_config = "wikitext-103-raw-v1"  # configuration of a hub data set; "": i
 dataset_split = "train"  # split to train on, as train_sft; test splits are left alone
 text_column = "text"  # column with the text; a table of messages or prompts is chat data
 on_policy_tokens = 0  # train on this many tokens or more that the AR model writes; 0: none
-own_prompts = 0  # so many prompts more for it, which a chat model writes itself
+own_prompts = 0  # so many further prompts for this text, written by a chat model itself
 on_policy_share = 1.0  # share of on-policy windows in a step; below 1 unless use_lora
 cache_dir = "model_cache"  # tokenised data is kept here and reused
 max_seq_length = 512  # tokens in a window
@@ -158,7 +158,7 @@ allowed |= {
     "full_mask_share": (0, 1), "on_policy_share": (1e-6, 1),
     "out_dir": Path, "cache_dir": Path, "checkpoint": Path, "model_name": Path,
     "dataset_name": Path, "tokenizer_name": Path, "max_seq_length": (2, 10**6),
-    "num_timesteps": (1, 10**6), "seed": (0, 2**31),
+    "num_timesteps": (1, 10**6), "seed": (0, 2**31), "own_prompts": (0, 10**7),
 }
 
 
@@ -310,16 +310,16 @@ def predictions(x0, tokens, weights, row_length, offset=0):
 # ----------------------------------------------------------------------------------------------
 # The model. The Hugging Face model is not resized, subclassed or copied: it gets a mask embedding,
 # a causal switch, and a head for chosen rows. Causal and without masks it is exactly what it was.
-FOREVER = 1 << 40  # what is no draft is seen by all that comes after it
+FOREVER = 1 << 40  # the `last` of a token that is no draft
 
 
 def mask_mod(query, key, window, causal_blocks=False):
     """Whether a query sees a key; each is (position, block_id, context_end, last), broadcastable.
 
     It sees clean keys (block_id 0) before its context_end: for a clean query its position + 1
-    (causal), for a noisy one the start of its block. Drafts that exclude one another end at their
-    last context_end. A sliding window limits how far back. It sees noisy keys of its own block,
-    with causal_blocks up to itself. Padding has block_id -1.
+    (causal), for a noisy one the start of its block. last: the largest context_end that still sees
+    a key; of a draft in a tree (verify.py) the end of its subtree. A sliding window limits how far
+    back. It sees noisy keys of its own block, with causal_blocks up to itself. Padding: block -1.
     """
     sees_clean = (key[2] <= query[2]) & (query[2] <= key[3])
     if window:
@@ -348,6 +348,7 @@ def new_cache(device):
     with a config, Hugging Face's drops those outside a sliding window."""
     cache = DynamicCache()
     cache.meta = torch.zeros(4, 1, 0, dtype=torch.long, device=device)
+    cache.hides = False  # whether some of them are not to be seen, so that a mask is needed
     return cache
 
 
@@ -505,10 +506,12 @@ class DiffusionLM(nn.Module):
             if kernel == "flex_attention":
                 B, queries, all_keys = meta.shape[1], meta.unbind(), keys.unbind()
 
+                causal = self.causal_blocks
+
                 def pair(b, h, q, k):  # compiled, so it indexes with tensors only
                     b = b * (B > 1)  # one row of meta serves every text
                     query, key = [x[b, q] for x in queries], [x[b, k] for x in all_keys]
-                    return mask_mod(query, key, window, self.causal_blocks)
+                    return mask_mod(query, key, window, causal)
                 return create_block_mask(pair, B, None, meta.shape[2], keys.shape[2], meta.device)
             mask = mask_mod(meta[..., None], keys[:, :, None], window, self.causal_blocks)
             mask = mask[:, None]  # (B, 1, L, keys)
@@ -526,7 +529,7 @@ class DiffusionLM(nn.Module):
 
     def hidden(self, ids, t, gate=None, cache=None, **kwargs):
         """The decoder's output, as head() needs it, and the hidden states in it (B, L, C)."""
-        if self.noise == "uniform":  # in training no mask is left
+        if self.noise == "uniform":  # when sampling: loss_weights() left no mask
             ids = torch.where(ids == self.mask_id, torch.randint_like(ids, self.mask_id), ids)
         self.gate = gate  # read by the hooks of the adapters, also when layers are re-run
         output = self.lm.get_decoder()(
@@ -865,7 +868,7 @@ def make_stages(n_windows):
             stage["n_on_policy"] = min(max(1, round(on_policy_share * per_step)), most)
         if stage["n_on_policy"] == per_step:  # 3/4 of each window will be the model's own text
             own_windows = math.ceil(on_policy_tokens / (0.75 * max_seq_length))
-            epoch_windows = min(n_windows, own_windows)
+            epoch_windows = min(n_windows + own_prompts, own_windows)
         stage["steps"] = math.ceil(stage["epochs"] * epoch_windows / per_step)
         if limit:  # rounded at the ends, so that the stages add up to it
             ends = [round(limit * x / total) for x in (done, done + stage["epochs"])]
@@ -1065,7 +1068,7 @@ def main(argv):
         model.to(device)
     probe(model, max_seq_length)
     train_data, val_data, data_report = load_data(tokenizer, s, state)
-    stages = make_stages(len(train_data) + own_prompts)
+    stages = make_stages(len(train_data))
     trained = count_trained(model, stages)
     print_plan(model, s, stages, trained, train_data, val_data, data_report)
     disk_gb = check_disk(model, out, s, trained["everything"])
@@ -1277,9 +1280,9 @@ def read_record(folder):
 
 
 # ----------------------------------------------------------------------------------------------
-# In Python: model = DiffusionLM.from_pretrained("outputs/tiny_diffusion"); model.generate("Today")
+# In Python
 def from_pretrained(folder, device="auto"):
-    """A finished run, by its folder or its final/, to generate with. UserError if it has none."""
+    """The model of a finished run (its folder, or final/). UserError if there is none."""
     path, target = Path(folder), pick_device(device)
     path = path / "final" if (path / "final").is_dir() else path
     model, model.tokenizer = load_model(path, target, as_dtype=torch.float32)
@@ -1295,7 +1298,7 @@ def continue_text(model, prompt, new_tokens=64, steps=32, **options):
     return text_after(model.tokenizer, new[:end_of(new, ends)], ids)
 
 
-# not in the class, as custom_generate/ has that without what loads it
+# not in the class, which custom_generate/ has without what loads it
 DiffusionLM.from_pretrained, DiffusionLM.generate = staticmethod(from_pretrained), continue_text
 
 if __name__ == "__main__":

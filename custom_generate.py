@@ -16,7 +16,7 @@ from convert import DiffusionLM
 from convert import generate as fill_masks
 from corpus import end_of
 from model_files import fingerprint, our_tensors
-from verify import decode_verified
+from verify import decode_verified, reach
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def check_request(dlm, request, mode, drafts):
                         "diffusion or ar")
     if mode == "verify" and drafts < 1:
         raise UserError("drafts: must be 1 or more; mode='ar' drafts nothing")
-    beyond = 2 * min(drafts, dlm.block_size) + 2  # where masks stand
+    beyond = reach(dlm, min(drafts, dlm.block_size - 1))  # where masks stand
     if mode == "diffusion":
         beyond = -request.new_tokens % (dlm.block_size or 1)  # whole blocks
     length = max(map(len, request.prompts)) + request.new_tokens + beyond

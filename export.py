@@ -83,7 +83,7 @@ def collect(roots, others=None):
         elif name in settings:
             raise UserError(f"export: {user} reads the setting {name}; give it as an argument")
         elif name not in defined:
-            if not hasattr(builtins, name):
+            if name not in vars(builtins):
                 raise UserError(f"export: {user} uses {name}, which {module}.py does not define")
             return
         if origins.setdefault(name, origin) != origin:

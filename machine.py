@@ -105,6 +105,7 @@ def try_flex_attention(model, length, autocast):
             states.float()[..., ::2].mean().backward()  # checkpointing re-runs the layers
         return states.detach(), model.mask_embedding.grad
 
+    noise, model.noise = model.noise, "mask"  # of random tokens no gradient reaches the embedding
     try:
         if 2 * length < 128:  # both copies
             raise UserError("it is made for windows of 64 tokens or more")
@@ -118,6 +119,7 @@ def try_flex_attention(model, length, autocast):
         model.lm.set_attn_implementation("flex_attention")
     except UserError as error:
         print(f"block_size: no flex_attention, but a mask tensor: {error}")
+    model.noise = noise
     model.zero_grad()
 
 
@@ -238,7 +240,8 @@ def leave(number):
 # Sampling
 def speed_up_sampling(model):
     """Make the passes of a model faster that is to generate and nothing else: adapters without
-    peft's bookkeeping, and on a CPU weights that are packed once, not in each matrix product."""
+    peft's bookkeeping, and on a CPU weights that are packed once, not in each matrix product. A
+    head that shares the embedding's weights gets a packed copy of them."""
     for _, _, layer in model.adapters:
         layer.forward = lean_adapter(model, layer)
     onednn = torch.ops.mkldnn
@@ -247,8 +250,15 @@ def speed_up_sampling(model):
     dtypes = {torch.float32}
     if onednn._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
-    shared = model.lm.get_input_embeddings().weight  # of a tied head, which must stay
-    for layer in model.lm.modules():
+    called, shared = set(), model.lm.get_input_embeddings().weight
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer))
+             for layer in model.lm.modules()]
+    with torch.no_grad():  # what is not called may be read: some layers multiply by themselves
+        model.set_causal(True)
+        model(torch.zeros(1, 2, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    for layer in called:
         if type(layer) is nn.Linear and layer.weight.dtype in dtypes:
             packed = onednn._reorder_linear_weight(layer.weight.detach(), 8)  # of inductor, too
             layer.forward = lambda x, packed=packed, bias=layer.bias: onednn._linear_pointwise(

@@ -340,14 +340,14 @@ def write_folder(folder, model, tokenizer, record, training, tensors):
 
 
 def write_index(folder):
-    """Name the file of each weight of a Hugging Face model. Engines as vLLM would else take all
-    .safetensors for its weights, ours as well."""
+    """Write which file has each weight of a Hugging Face model. Else engines as vLLM read all
+    .safetensors as the model's, ours as well."""
     file = folder / "model.safetensors"
     if not file.exists():  # several files have an index
         return
     with safe_open(file, "pt") as weights:
         names = dict.fromkeys(weights.keys(), file.name)
-    index = {"metadata": {"total_size": file.stat().st_size}, "weight_map": names}
+    index = {"metadata": {}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 

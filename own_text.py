@@ -25,7 +25,9 @@ def write_own_text(model, tokenizer, train_data, val_data, out, s, stop, with_le
                             "or leave it out")
         seeds = seed_for(s.seed, "prompts") % 2**20 + np.arange(s.own_prompts, dtype=np.int32)
         asked = write(np.repeat(seeds[:, None], train_data.shape[1], 1), 0, ar_ask)
-        train_data = np.concatenate([train_data, asked[(asked >= 0).any(1)]])
+        asked = asked[(asked >= 0).any(1)]
+        print(f"own_prompts: {len(asked):,} of {s.own_prompts:,} can be used")
+        train_data = np.concatenate([asked, train_data])  # first, as tokens may be enough by then
     own_text = {"train": write(train_data, s.on_policy_tokens)}
     if s.on_policy_share == 1:
         own_text["held"] = write(val_data, 0)
@@ -119,18 +121,23 @@ def ar_ask(lm, windows, tokenizer, block, max_positions, n, together=False):
     T, eos = windows.shape[1], tokenizer.eos_token_id or 0
     write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    ends = end_ids(lm, tokenizer)
     with errors_as("own_prompts: the chat template does not take a user turn alone"):
-        turn = encode(write([{"role": "user", "content": "MARK"}]).partition("MARK")[0])
+        before, _, after = write([{"role": "user", "content": "\u2588"}]).partition("\u2588")
+        turn = encode(before)
+        if not turn or set(ends).isdisjoint(encode(after)):
+            raise ValueError("its user turn has no start, or no end that ends a text")
     ids = torch.tensor([turn] * len(windows[:n]), device=lm.get_input_embeddings().weight.device)
     torch.manual_seed(int(windows[0, 0]))
     with torch.no_grad():
         out = lm.generate(  # a little below 1, where small models ask what they can answer
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, top_k=0,
             top_p=1.0, max_new_tokens=max(1, min(T // 3, max_positions - len(turn))),
-            eos_token_id=end_ids(lm, tokenizer) or None, pad_token_id=eos, synced_gpus=together)
+            repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=eos,
+            synced_gpus=together)
     rows = []
     for new in out[:, len(turn):].tolist():
-        end = end_of(new, end_ids(lm, tokenizer))
+        end = end_of(new, ends)
         text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
         prompt = encode(write([{"role": "user", "content": text}], add_generation_prompt=True))
         row = [~eos] * T

@@ -6,7 +6,6 @@
   python sample.py --threshold=0.9                        # in each pass all tokens that probable
   python sample.py --verify --compare                     # a block model drafts, its AR mode checks
   python sample.py --prompts=questions.txt --chat --json  # one prompt a line; - is standard input
-  python sample.py --serve                                # a page to try it in a browser
   python sample.py --checkpoint=outputs/phi2_diffusion/checkpoint_5000
   python sample.py --evaluate=my_text.txt --json          # instead of text, figures on a text
   python sample.py --serve                                # a page to try it in a browser
@@ -27,7 +26,7 @@ from corpus import encode_prompt, end_ids, end_of, opening
 from machine import pick_autocast, pick_device, speed_up_sampling
 from model_files import checkpoints
 from replay import text_after, text_with_masks, write_trace
-from verify import verify_texts
+from verify import reach, verify_texts
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -48,8 +47,8 @@ top_p = 1.0  # with a temperature: only among the fewest that hold this share of
 # verified decoding
 verify = False  # a block model drafts, the causal mode of the same weights checks: its very output
 drafts = 0  # drafted tokens beyond the next, at most block_size less 1; 0: what is fastest here
-branches = -1  # a check drafts on behind 0, 1, ... of them; 0: in a pass of its own; -1: as drafts
-tree = 0  # a check has so many drafts, several for one place; 0: one for each
+branches = -1  # a check drafts on behind 0, 1, ... of them; 0: in a pass of its own; -1: the same
+tree = 0  # a check has so many drafts, several for one place, with 3 drafts or as set; 0: no tree
 verify_batch = 1  # texts decoded together
 compare = False  # decode the same with plain AR as well: its speed, and how many texts are equal
 # evaluation
@@ -81,7 +80,7 @@ allowed = dict.fromkeys((
     "prompts", "out_dir", "checkpoint", "trace", "evaluate", "tasks_folder"), Path) | {
     "max_new_tokens": (1, 10**6), "steps": (1, 10**6), "num_samples": (1, 10**5),
     "seed": (0, 2**62), "remask": (0, 10**4), "threshold": (0, 1), "top_p": (1e-6, 1),
-    "branches": (-1, 10**4), "verify_batch": (1, 10**5), "port": (0, 65535),
+    "branches": (-1, 10**4), "tree": (0, 64), "verify_batch": (1, 10**5), "port": (0, 65535),
     "export": {"", "transformers", "gguf", "uno"},
     "tasks_draws": (1, 10**6), "tasks_mode": {"ar", "diffusion"},
     "dtype": {"float32", "bfloat16", "float16"},
@@ -176,7 +175,8 @@ def check_flags(model, n_prompts):
             verify and not model.block_size,
         f"drafts: from 1 to {model.block_size - 1}, as the model's blocks have {model.block_size} "
         "tokens": verify and 0 < model.block_size <= drafts,
-        "tree: needs --verify": tree and not verify,
+        "drafts, branches, tree, verify_batch: need --verify": not verify and (
+            drafts or branches >= 0 or tree or verify_batch > 1),
         "trace: replays the unmasking of one prompt, so without --verify and --prompts":
             trace and (verify or n_prompts > 1),
         "compare: needs --verify": compare and not verify,
@@ -255,6 +255,8 @@ def choose_work(s):
         raise UserError("watch: needs a terminal, and no --json")
     if watch and (verify or prompts):
         raise UserError("watch: shows the unmasking of one prompt, without --verify or --prompts")
+    if sum(map(bool, (serve, export, evaluate or tasks))) > 1:
+        raise UserError("serve, export, evaluate, tasks: one at a time")
     if serve:
         from serve import prepare_page  # as the others below, not needed to write text
         return prepare_page(s)
@@ -272,7 +274,7 @@ def main(argv):
     work = choose_work(SimpleNamespace(**settings_in(globals())))
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
     record = read_record(folder)
-    texts = read_prompts(record["settings"].get("sample_prompt", ""))
+    texts = [] if work else read_prompts(record["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype
     model, tokenizer = load_model(folder, target, as_dtype=as_dtype)
     model.to(target).eval()
@@ -283,7 +285,7 @@ def main(argv):
     speed_up_sampling(model)
     if trace:
         write_trace(trace, [], tokenizer, model.mask_id)  # whether it can be, before the work
-    beyond = 2 * (drafts or 7) + 2 if verify else 0
+    beyond = reach(model, drafts) if verify else 0
     encoded = [encode(model, tokenizer, text, max_new_tokens, chat, beyond)
                for text in texts for _ in range(num_samples)]
     print_notes(model, folder, record["max_seq_length"], max(len(ids) for ids, _ in encoded))

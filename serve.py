@@ -29,7 +29,7 @@ from convert import generate, read_record
 from corpus import end_ids
 from machine import speed_up_sampling
 from replay import text_after
-from verify import choose, decode_verified
+from verify import choose, decode_verified, reach
 
 BODY, NEW, ALL = 2**16, 1024, 4096  # at most: bytes of a request, new tokens, tokens in all
 NAMES = ("prompt chat max_new_tokens stop_at_eos steps order threshold remask temperature top_k "
@@ -172,7 +172,7 @@ class Page:
 
     def encode(self, s, modes):
         """sample.encode() of a request; UserError for what has no room."""
-        beyond = 2 * (s.drafts or 7) + 2 if "verified" in modes else 0
+        beyond = reach(self.model, s.drafts) if "verified" in modes else 0
         encoded = sample.encode(self.model, self.tokenizer, s.prompt, s.max_new_tokens, s.chat,
                                 beyond)
         if len(encoded[0]) > ALL:
@@ -288,13 +288,13 @@ class Server(ThreadingHTTPServer):
     """Listens on this machine alone; port 0 is a free one."""
     stopping = False
 
-    def __init__(self, port):
+    def __init__(self, port, html):
         super().__init__(("127.0.0.1", port), Handler)
         port = self.server_address[1]
         self.hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
         if port == 80:
             self.hosts += ["127.0.0.1", "localhost", "[::1]"]
-        self.html = Path(__file__).with_name("assets").joinpath("page.html").read_bytes()
+        self.html = html
         allowed = {}  # the page's own style and script, and no other
         for name in (b"style", b"script"):
             [code] = re.findall(b"<%b>(.*?)</%b>" % (name, name), self.html, re.S)
@@ -315,11 +315,12 @@ class Server(ThreadingHTTPServer):
 def prepare_page(s):
     """work(model, tokenizer, folder), which serves the page until Ctrl-C. s: settings of sample.py.
     UserError where that cannot be, before a model is loaded."""
-    for name in ("prompts", "verify", "compare", "evaluate", "tasks", "watch", "trace", "json"):
+    for name in ("prompts", "verify", "compare", "watch", "trace", "json"):
         if vars(s)[name]:
             raise UserError(f"{name}: is not for --serve; the page has its own settings")
+    html = Path(__file__).with_name("assets").joinpath("page.html").read_bytes()
     try:
-        server = Server(s.port)
+        server = Server(s.port, html)
     except OSError as error:
         raise UserError(f"port: {s.port} cannot be opened: {error.strerror}; --port=0 takes a free "
                         "one") from None

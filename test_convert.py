@@ -949,7 +949,7 @@ def test_on_policy_windows_are_greedy_text_and_go_on_where_they_stopped(tmp_path
 
 def test_a_chat_model_writes_prompts_itself_and_answers_them(tmp_path):
     model, tokenizer = diffusion(random_lm("llama", vocab_size=300)), chat_tokenizer()
-    ends = list(range(50, 99))
+    ends = [*tokenizer.encode("\n"), *range(50, 99)]
     model.lm.generation_config.eos_token_id = ends
     data = np.array([[*(~i for i in range(3, 9)), *range(3, 61)]] * 3, np.int32)  # (3, 64)
     s = settings_of_convert(dtype="float32", own_prompts=40, on_policy_tokens=10**6)
@@ -961,20 +961,22 @@ def test_a_chat_model_writes_prompts_itself_and_answers_them(tmp_path):
                                        convert.with_less_memory)["train"]
 
     windows = write(tmp_path / "a")
-    assert (windows[:3, :6] == data[:, :6]).all() and 20 < len(windows) <= 43, "the data's first"
-    prompts = [decode([~id for id in row if id < 0 and id != ~256]) for row in windows[3:]]
+    assert (windows[-3:, :6] == data[:, :6]).all() and 20 < len(windows) <= 43, "the data's last"
+    prompts = [decode([~id for id in row if id < 0 and id != ~256]) for row in windows[:-3]]
     pattern = re.compile("<user>(.+)\n<assistant>", re.S)
     assert all(pattern.fullmatch(prompt) for prompt in prompts) and len(set(prompts)) > 15
-    for row in windows[3:]:
+    for row in windows[:-3]:
         asked = [~id for id in row if id < 0][:int((row >= 0).argmax())]
         answer = greedy(model.lm, torch.tensor([asked]), 64 - len(asked))[0].tolist()
         end = corpus.end_of(answer, [*ends, 256]) + 1
         assert row[len(asked):][:end].tolist() == answer[:end]
     assert write(tmp_path / "b").tolist() == windows.tolist(), "the seed decides"
     assert write(tmp_path / "b", seed=5).tolist() != windows.tolist()
-    tokenizer.chat_template = None
-    with pytest.raises(configurator.UserError, match="own_prompts: .* no chat template"):
-        write(tmp_path / "c")
+    for template, message in ((None, "no chat template"), ("{{ messages[0].content }}", "no start"),
+                              ("[INST] {{ messages[0].content }}", "or no end")):
+        tokenizer.chat_template = template
+        with pytest.raises(configurator.UserError, match=f"own_prompts: .*{message}"):
+            write(tmp_path / "c")
 
 
 def test_near_duplicates_of_held_out_documents_are_left_out_of_training(tmp_path):
@@ -1481,7 +1483,7 @@ def test_a_text_ends_at_the_ends_of_generation_config_too_and_without_them(run, 
     for more in ("", "--verify"):
         whole = json.loads(sample_main(*flags.split(), *more.split())[1])["token_ids"]
         config.write_text(json.dumps({"eos_token_id": [256, whole[2]]}))
-        [found] = [json.loads(sample_main(*flags.split(), *verify.split())[1])["token_ids"]]
+        found = json.loads(sample_main(*flags.split(), *more.split())[1])["token_ids"]
         assert found == whole[:whole.index(whole[2])]
         config.write_text("{}")
 
@@ -1569,16 +1571,16 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
 
 @cases("name, most_lines, most_bytes", [  # ceilings: each is to go down again
     ("convert.py", 1310, 71680), ("corpus.py", 590, 30000), ("bpe.py", 50, 2000),
-    ("own_text.py", 155, 8500),
+    ("own_text.py", 165, 9000),
     ("model_files.py", 360, 16700), ("runs.py", 320, 16500), ("terminal.py", 230, 11000),
-    ("hub.py", 70, 3500), ("probe.py", 155, 7800), ("machine.py", 280, 13100),
-    ("processes.py", 370, 14500), ("sample.py", 320, 16500), ("bench.py", 930, 44500),
+    ("hub.py", 70, 3500), ("probe.py", 155, 7800), ("machine.py", 290, 13600),
+    ("processes.py", 370, 14500), ("sample.py", 325, 16800), ("bench.py", 930, 44500),
     ("configurator.py", 220, 10700), ("report.py", 355, 17500), ("finish.py", 310, 14500),
     ("replay.py", 60, 2500), ("history.py", 140, 6800), ("verify.py", 370, 18300),
     ("export.py", 140, 6800), ("custom_generate.py", 240, 12000), ("uno_export.py", 105, 4700),
-    ("gguf_export.py", 185, 9300), ("test_verify.py", 170, 8500), ("test_export.py", 310, 16000),
+    ("gguf_export.py", 185, 9300), ("test_verify.py", 190, 9600), ("test_export.py", 310, 16000),
     ("test_uno.py", 120, 5700), ("test_gguf.py", 235, 12000),
-    ("test_convert.py", 2620, 130500), ("test_finish.py", 160, 8500),
+    ("test_convert.py", 2660, 133000), ("test_finish.py", 160, 8500),
     ("test_report.py", 250, 12500), ("test_terminal.py", 310, 15100),
     ("test_processes.py", 340, 16500), ("test_faults.py", 740, 31500),
     ("evaluation.py", 330, 16000), ("harness.py", 230, 11700), ("test_evaluate.py", 350, 17350),
@@ -1806,6 +1808,39 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(run)
     shutil.copytree("out", "b")
     run(f"{latest} --out_dir=b", error="b holds a run")
     run(f"{latest} --out_dir=b --resume", error="b holds a run")
+
+
+@cases("flags, message", [
+    ("--causal_blocks", "causal_blocks: needs a block_size"),
+    ("--noise=uniform", "add --use_time_embedding=false"),
+    ("--own_prompts=3", "own_prompts: are for the model's own text; add --on_policy_tokens")])
+def test_settings_of_drafts_that_mean_nothing_are_refused(run, flags, message):
+    run(flags, error=message)
+
+
+def test_drafts_of_random_tokens_train_resume_and_are_evaluated_alike_each_time(run, sample_main):
+    flags = "--block_size=4 --noise=uniform --causal_blocks --use_time_embedding=false"
+    run(f"{flags} --keep_checkpoints=9")
+    rows, saved = rows_of("out"), weights("out/final")
+    assert evaluations("out")[-1]["eval_nelbo"] < evaluations("out")[0]["eval_nelbo"]
+    go_back(9)
+    run(f"{flags} --keep_checkpoints=9 --resume")
+    assert rows_of("out") == rows and weights("out/final") == saved
+    write_rows(Path(), many(20, 30))
+    found = [sample_main("--out_dir=out", *more.split(), "--json")[1] for more in (
+        "--evaluate=a.jsonl --infill_spans=4 --steps=2", "--prompt=The --max_new_tokens=8") * 2]
+    assert json.loads(found[0])["eval_nelbo"] == json.loads(found[2])["eval_nelbo"]
+    assert json.loads(found[0])["infill_bleu"] == json.loads(found[2])["infill_bleu"]
+    assert json.loads(found[1])["token_ids"] == json.loads(found[3])["token_ids"]
+
+
+def test_a_result_says_which_file_has_each_weight(run):
+    run("--stage0_epochs=0")
+    index = json.loads(Path("out/final/model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == load_file("out/final/model.safetensors").keys()
+    assert set(index.values()) == {"model.safetensors"}
+    run(f"{FROM}out/final --use_lora --stage0_epochs=0 --out_dir=b")
+    assert not list(Path("b/final").glob("*.index.json")), "an adapter has no model beside it"
 
 
 def test_a_kill_between_the_renames_of_a_save_loses_nothing(run):

@@ -277,6 +277,8 @@ def test_what_cannot_be_served_is_one_line_before_a_model_is_loaded(sample_main)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         check_error(sample_main("--serve", f"--port={port}"), f"port: {port} cannot be opened")
-    for flag in ("--json", "--verify", "--evaluate=world", "--trace=a.html", "--prompts=-"):
+    for flag in ("--json", "--verify", "--trace=a.html", "--prompts=-"):
         check_error(sample_main("--serve", flag), "is not for --serve")
+    for flag in ("--evaluate=world", "--export=gguf"):
+        check_error(sample_main("--serve", flag), "one at a time")
     check_error(sample_main("--serve", "--port=70000"), "from 0 to 65535")

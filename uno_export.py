@@ -32,7 +32,7 @@ python -m sglang.launch_server --model-path {path} \\
 """
 
 
-def check_drafter(model):
+def check_drafter(model, copy):
     """Raise UserError for a model that the engine would not run as it was trained."""
     mistakes = {
         "adapters on a frozen base; train with --use_lora": not model.adapters,
@@ -40,6 +40,8 @@ def check_drafter(model):
         "random tokens as noise; train with --noise=uniform --use_time_embedding=false":
             model.noise != "uniform",
         "causal drafts; train with --causal_blocks": not model.causal_blocks,
+        "no copy of a base in 4 bits; leave --export_copy out":
+            copy and model.adapters and model.base and model.base.get("load_in_4bit"),
     }
     for need, lacks in mistakes.items():
         if lacks:
@@ -76,7 +78,7 @@ def export_uno(model, tokenizer, final, copy=False):
     copy: of the base, where a link to it would do. Returns the folder. UserError if the engine
     would not run the model as it was trained.
     """
-    check_drafter(model)
+    check_drafter(model, copy)
     folder = final.parent / "uno"
     if folder.exists():
         raise UserError(f"export: {folder} is there already; move it away")

@@ -144,9 +144,10 @@ def leave_batch(cache, staying):
 def start_texts(model, prompts, sampling, seeds):
     """Run the prompts: (their cache, the texts so far as dicts)."""
     cache, P = new_cache(model.device), max(map(len, prompts))
-    cache.hides = min(map(len, prompts)) < P  # whether a token in it is not to be seen
+    cache.hides = min(map(len, prompts)) < P
     if cache.hides and not takes_padding(model):
-        raise UserError("this model's texts cannot be decoded together if their lengths differ")
+        raise UserError("verify_batch: this model's texts cannot be decoded together if their "
+                        "lengths differ; take 1")
     ids = torch.tensor([[0] * (P - len(prompt)) + list(prompt) for prompt in prompts],
                        device=model.device)
     last = torch.arange(1, len(prompts) + 1, device=model.device) * P - 1
@@ -212,8 +213,8 @@ def decode_verified(model, prompts, new_tokens, drafts, branches, sampling, ends
     1; 0 is plain cached AR decoding. branches: behind how many of the checked tokens a noisy block
     drafts on in the same pass; 0: drafts have passes of their own. tree: how many drafts a check
     has, several for a place; 0: one for each. seeds: one a text. watch(new ids of each text) is
-    called after each pass. plan(counts) may change (drafts, branches) before each. counts: of other
-    texts, to be added to.
+    called after each pass. plan(counts) may change (drafts, branches) before each. counts: a
+    Counter of earlier texts, which plan is given too; those of these texts are added to it.
 
     Returns (the new ids of each prompt, counts: forwards, checks, and of drafts drafted, accepted);
     a pass counts once for each text in it.
@@ -242,14 +243,14 @@ def decode_verified(model, prompts, new_tokens, drafts, branches, sampling, ends
         counts["forwards"] += len(texts)
         places = [[row[1] + 1 for row in text["rows"]] for text in texts]
         best = best_tokens(logits, places, [text["seed"] for text in texts], sampling, k)
-        log_p = torch.zeros_like(best)  # (B, L, k)
+        log_p = [[[0.0]] * best.shape[1]] * len(texts)  # one draft for a place: no choice
         if k > 1:
-            log_p = logits.log_softmax(-1).gather(2, best)
+            log_p = logits.log_softmax(-1).gather(2, best).tolist()  # (B, L, k)
 
         # 2) check the drafts, keep what was right, draft anew
         starts = [text["rows"][0][1] for text in texts]
         paths = [go_on(text, *lists, drafts, counts)
-                 for text, *lists in zip(texts, best.tolist(), log_p.tolist(), strict=True)]
+                 for text, *lists in zip(texts, best.tolist(), log_p, strict=True)]
         keep_in_cache(cache, logits.shape[1], paths, starts)
         if watch:
             watch(shown())
@@ -263,7 +264,6 @@ def measure_passes(model, context, most, batch=1):
     """[(rows, seconds of a pass on so many)], up to most rows or more, for a batch of texts behind
     so many tokens of context."""
     cache = new_cache(model.device)
-    cache.hides = False
     ids = torch.zeros(batch, context, dtype=torch.long, device=model.device)
     forward_at(model, ids, 0, 0 * ids[:, :1], 0, None, ids[0, :1], cache)
     found, n = [], 1
@@ -301,10 +301,15 @@ def make_plan(costs, ways):
         return (sum(chance) + missed) / (taken[0] + missed * taken[1])
 
     def plan(counts):
-        if counts["checks"] < 8:
+        if counts["checks"] < 8 + counts["forwards"] // 64:  # now and then also in plain decoding
             return first
         return max(ways, key=lambda way: speed(way, counts))
     return plan
+
+
+def reach(model, drafts=0):
+    """How many positions behind the last new token may be used, with so many drafts or any."""
+    return 2 * (drafts or min(model.block_size - 1, 7)) + 2
 
 
 def choose(model, s, context):
@@ -331,7 +336,8 @@ def verify_texts(model, prompts, sampling, ends, s):
     if s.compare:
         modes["ar_"] = 0, 0, None
         for n_drafts, n_branches, _ in modes.values():  # so that both are timed warm
-            decode_verified(model, prompts[:1], 8, n_drafts, n_branches, sampling)
+            decode_verified(model, prompts[:1], min(8, s.max_new_tokens), n_drafts, n_branches,
+                            sampling)
     texts, seconds = {mode: [] for mode in modes}, dict.fromkeys(modes, 0.0)
     counts = {mode: Counter() for mode in modes}
     for i in range(0, len(prompts), s.verify_batch):
@@ -355,7 +361,8 @@ def verify_texts(model, prompts, sampling, ends, s):
     if plan:
         figures["drafts"], figures["branches"] = plan(n)
     if s.compare:
-        figures |= {"ar_tokens_per_s": round(n_tokens / seconds["ar_"], 1),
+        n_plain = sum(map(len, texts["ar_"]))
+        figures |= {"ar_tokens_per_s": round(n_plain / seconds["ar_"], 1),
                     "speed_over_ar": round(seconds["ar_"] / seconds[""], 3),
                     "equal": sum(a == b for a, b in zip(new, texts["ar_"], strict=True))}
     return new, figures

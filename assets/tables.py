@@ -186,6 +186,17 @@ def ablation():
     return table(["flags", *BLOCK_HEAD], *rows)
 
 
+def drafts():
+    """How SmolLM2 drafts for itself: what was trained, how it decodes, accepted drafts, speed."""
+    head = ["trained", "decoding", "accepted drafts a check", "tokens per forward", "tokens/s",
+            "plain AR", "speed over AR"]
+    rows = [[r["name"], r["flags"] and f"`{r['flags']}`", f"{r['accepted_per_check']:.2f}",
+             f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.1f}",
+             f"{r['ar_tokens_per_s']:.1f}", f"{r['speed_over_ar']:.2f}"]
+            for r in rows_of("smollm2_drafts.jsonl")]
+    return table(head, *rows)
+
+
 def masks():
     """Masks of an exact count, and masks drawn one by one, in pairs of one seed."""
     rows = [[str(r["seed"]), r["masks"], f"{r['eval_nelbo']:.3f}", f"{r['ar_ppl']:.3f}"]
@@ -269,7 +280,7 @@ def screen():
 PAGES = {
     "README.md": [screen, blocks, stages],
     "assets/recipe.md": [recipe],
-    "assets/blocks.md": [ablation, masks, sampling],
+    "assets/blocks.md": [ablation, drafts, masks, sampling],
     "assets/memory.md": [sizes, cards, estimates, options, gpu, speed],
 }
 

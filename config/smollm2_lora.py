@@ -10,7 +10,8 @@ from pathlib import Path
 exec(Path(__file__).with_name("smollm2.py").read_text())  # the same model, batch and CPU settings
 
 dataset_name = str(Path(__file__).resolve().parent.parent / "assets/chat_prompts.jsonl")
-on_policy_tokens = 90000  # more than all answers together, 71,000
+own_prompts = 900  # more questions, which the model asks itself; 599 had an end
+on_policy_tokens = 250000  # more than all answers together, 117,000
 
 block_size = 4
 full_mask_share = 1.0  # the adapters are used for drafting only
@@ -22,7 +23,7 @@ use_time_embedding = False  # drafting starts fully masked, so the noise level i
 use_gradient_checkpointing = False  # faster, and memory suffices
 
 # 4 windows x 128 tokens = 512 tokens a step
-max_steps = 500
+max_steps = 400
 stage1_epochs = 0.0
 stage2_epochs = 1.0
 stage3_epochs = 0.0
