@@ -1,8 +1,9 @@
 # Adapters for SmolLM2-135M-Instruct, trained on its own answers to 922 questions (48 more are
-# held out). It drafts for itself, 1.53 tokens per forward, and its answers stay exactly the same.
+# held out) and to 599 that it asks itself. It drafts for itself, 1.49 tokens per forward, 1.67 with
+# --tree=8, and its answers stay exactly the same.
 # python convert.py config/smollm2_lora.py
-#     about 40 minutes on 2 idle CPU cores, measured when a step was about 20 % faster;
-#     4 GB of memory, 3 GB of disk; --dtype=bfloat16 is faster on some CPUs
+#     62 minutes of one thread of a busy CPU, with --dtype=bfloat16, which is faster on some;
+#     4 GB of memory, 3 GB of disk
 # python sample.py --out_dir=outputs/smollm2_lora_diffusion --chat --verify --compare \
 #     --prompt="Why is the sky blue?"
 from pathlib import Path
