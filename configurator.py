@@ -71,7 +71,7 @@ def check_value(name, value, settings, rule, where):
     if rule is Path:
         return os.path.expanduser(value)  # as no shell does behind --name=
     if isinstance(rule, set) and value not in rule:
-        raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule))}, not '{value}'"
+        raise UserError(f"{where}: {name} must be {' or '.join(sorted(rule - {''}))}, not '{value}'"
                         + did_you_mean(value, rule))
     low, high = rule if isinstance(rule, tuple) else (0, 2**53 if kind is int else 1e30)
     if kind in (int, float) and not low <= value <= high:

@@ -552,6 +552,9 @@ def cached_data(tokenizer, s):
 def load_data(tokenizer, s, state):
     """(training windows, held-out windows, both (n, T) and memory-mapped, a report), cached. s: the
     settings."""
+    if s.own_prompts and not tokenizer.chat_template:
+        raise UserError("own_prompts: this tokenizer has no chat template; take a chat model, or "
+                        "leave it out")
     folder = processes.from_rank_0(cached_data, tokenizer, s)
     with errors_as(f"cache_dir: {folder} is damaged, delete it"):
         report = json.loads((folder / "meta.json").read_text())

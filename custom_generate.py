@@ -39,7 +39,7 @@ def generate(inputs=None, *, model, mode="diffusion", folder=None, revision=None
     folder = folder or (given if isinstance(given, str) else model.name_or_path)
     request = read_request(model, inputs, **arguments)
     with logging_as_before(), diffusion_model(model, folder, revision) as dlm:
-        check_request(dlm, request, mode, drafts)
+        check_request(dlm, request, mode, drafts, steps, order)
         feed = feeder(request, dlm.mask_id)
         if mode == "verify":
             new = verified(dlm, request, feed, min(drafts, dlm.block_size - 1), branches)
@@ -69,7 +69,7 @@ def read_request(model, inputs=None, input_ids=None, attention_mask=None, genera
             named[name] = value
         elif (value is not None and value is not False
               and name not in ("use_cache", "tokenizer", "token_type_ids")):  # change no text
-            raise UserError(f"{name}: works with mode='ar' alone; leave it out")
+            raise UserError(f"{name}: is no argument here; mode='ar' takes those of generate()")
     config = model._prepare_generation_config(generation_config, **named)[0]
     if ids is None or ids.dim() != 2 or not ids.numel():
         raise UserError("input_ids: must be (batch, length), with a token in each prompt")
@@ -90,7 +90,7 @@ def read_request(model, inputs=None, input_ids=None, attention_mask=None, genera
                   "top_k": config.top_k, "top_p": config.top_p})
 
 
-def check_request(dlm, request, mode, drafts):
+def check_request(dlm, request, mode, drafts, steps, order):
     """Raise UserError for what this model cannot do."""
     if mode not in ("diffusion", "verify"):
         raise UserError(f"mode: must be diffusion, verify or ar, not '{mode}'")
@@ -99,6 +99,11 @@ def check_request(dlm, request, mode, drafts):
                         "diffusion or ar")
     if mode == "verify" and drafts < 1:
         raise UserError("drafts: must be 1 or more; mode='ar' drafts nothing")
+    orders = "confidence", "entropy", "margin", "random", "left_to_right"
+    if order not in orders:
+        raise UserError(f"order: must be {' or '.join(orders)}, not '{order}'")
+    if steps < 1:
+        raise UserError(f"steps: must be 1 or more, not {steps}")
     beyond = reach(dlm, min(drafts, dlm.block_size - 1))  # where masks stand
     if mode == "diffusion":
         beyond = -request.new_tokens % (dlm.block_size or 1)  # whole blocks

@@ -102,24 +102,24 @@ def collect(roots, others=None):
 
 def export_transformers(folder):
     """Write custom_generate/ into the folder of a result."""
-    read_record(folder)  # UserError if it is none
+    model = read_record(folder)["model"]  # UserError if it is none
     others = []
     entry = collect([("custom_generate", "generate")], others)
-    files = {"generate.py": entry, "diffusion_lm.py": collect(others)}
+    files = {"diffusion_lm.py": collect(others), "generate.py": entry}  # which needs the other
     target = Path(folder) / "custom_generate"
     with errors_as(f"export: cannot write to {target}"):
         target.mkdir(exist_ok=True)
         for name, source in files.items():
             write_whole(target / name, f'"""{HEAD}"""\n{source}')
-    print(f"{target}: model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True, "
-          "mode='diffusion'); modes: diffusion, verify, ar")
+    modes = "diffusion, verify, ar" if model["block_size"] else "diffusion, ar"
+    loaded = "the base" if model.get("lora") else "the model"
+    print(f"{target}: load {loaded}, then generate(..., custom_generate={str(folder)!r}, "
+          f"trust_remote_code=True, mode='diffusion'); modes: {modes}")
 
 
 def prepare_export(kind, copy):
     """work(model, tokenizer, folder) of sample.py, which writes a result for another program and
-    says how to use it. kind: transformers | gguf | uno. UserError if a package is missing."""
-    if kind == "transformers":
-        return lambda model, tokenizer, folder: export_transformers(folder)
+    says how to use it. kind: gguf | uno. UserError if a package is missing."""
     if kind == "gguf":
         from gguf_export import export_gguf  # it needs a package of its own
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import processes
-from configurator import RunError, UserError, errors_as
+from configurator import RunError, errors_as
 from corpus import end_ids, end_of, fill_up, opening, seed_for
 from machine import eagerly, leave, pick_autocast
 
@@ -20,9 +20,6 @@ def write_own_text(model, tokenizer, train_data, val_data, out, s, stop, with_le
     write = functools.partial(on_policy_windows, model, tokenizer, out=out, s=s, stop=stop,
                               with_less_memory=with_less_memory)
     if s.own_prompts:
-        if not tokenizer.chat_template:
-            raise UserError("own_prompts: this tokenizer has no chat template; take a chat model, "
-                            "or leave it out")
         seeds = seed_for(s.seed, "prompts") % 2**20 + np.arange(s.own_prompts, dtype=np.int32)
         asked = write(np.repeat(seeds[:, None], train_data.shape[1], 1), 0, ar_ask)
         asked = asked[(asked >= 0).any(1)]

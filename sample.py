@@ -260,7 +260,9 @@ def choose_work(s):
     if serve:
         from serve import prepare_page  # as the others below, not needed to write text
         return prepare_page(s)
-    if export:
+    if export_copy and export != "uno":
+        raise UserError("export_copy: is for --export=uno")
+    if export in ("gguf", "uno"):
         from export import prepare_export
         return prepare_export(export, export_copy)
     if evaluate or tasks or tasks_folder or tasks_mode != "ar":
@@ -273,6 +275,9 @@ def main(argv):
     configure(globals(), argv, allowed)
     work = choose_work(SimpleNamespace(**settings_in(globals())))
     folder, target = folder_to_read(out_dir, checkpoint), pick_device(device)
+    if export == "transformers":  # which needs no weights
+        from export import export_transformers
+        return export_transformers(folder)
     record = read_record(folder)
     texts = [] if work else read_prompts(record["settings"].get("sample_prompt", ""))
     as_dtype = pick_autocast(target, dtype).fast_dtype

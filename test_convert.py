@@ -972,7 +972,7 @@ def test_a_chat_model_writes_prompts_itself_and_answers_them(tmp_path):
         assert row[len(asked):][:end].tolist() == answer[:end]
     assert write(tmp_path / "b").tolist() == windows.tolist(), "the seed decides"
     assert write(tmp_path / "b", seed=5).tolist() != windows.tolist()
-    for template, message in ((None, "no chat template"), ("{{ messages[0].content }}", "no start"),
+    for template, message in (("{{ messages[0].content }}", "no start"),
                               ("[INST] {{ messages[0].content }}", "or no end")):
         tokenizer.chat_template = template
         with pytest.raises(configurator.UserError, match=f"own_prompts: .*{message}"):
@@ -1574,10 +1574,10 @@ def test_the_command_line_tells_and_exits_2_and_an_import_does_nothing(tmp_path,
     ("own_text.py", 165, 9000),
     ("model_files.py", 360, 16700), ("runs.py", 320, 16500), ("terminal.py", 230, 11000),
     ("hub.py", 70, 3500), ("probe.py", 155, 7800), ("machine.py", 290, 13600),
-    ("processes.py", 370, 14500), ("sample.py", 325, 16800), ("bench.py", 930, 44500),
+    ("processes.py", 370, 14500), ("sample.py", 330, 17100), ("bench.py", 930, 44500),
     ("configurator.py", 220, 10700), ("report.py", 355, 17500), ("finish.py", 310, 14500),
     ("replay.py", 60, 2500), ("history.py", 140, 6800), ("verify.py", 370, 18300),
-    ("export.py", 140, 6800), ("custom_generate.py", 240, 12000), ("uno_export.py", 105, 4700),
+    ("export.py", 140, 6800), ("custom_generate.py", 250, 12400), ("uno_export.py", 110, 4900),
     ("gguf_export.py", 185, 9300), ("test_verify.py", 190, 9600), ("test_export.py", 310, 16000),
     ("test_uno.py", 120, 5700), ("test_gguf.py", 235, 12000),
     ("test_convert.py", 2660, 133000), ("test_finish.py", 160, 8500),
@@ -1813,7 +1813,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_settings_are_named(run)
 @cases("flags, message", [
     ("--causal_blocks", "causal_blocks: needs a block_size"),
     ("--noise=uniform", "add --use_time_embedding=false"),
-    ("--own_prompts=3", "own_prompts: are for the model's own text; add --on_policy_tokens")])
+    ("--own_prompts=3", "own_prompts: are for the model's own text; add --on_policy_tokens"),
+    ("--own_prompts=3 --on_policy_tokens=99 --on_policy_share=0.5", "no chat template")])
 def test_settings_of_drafts_that_mean_nothing_are_refused(run, flags, message):
     run(flags, error=message)
 

@@ -22,11 +22,11 @@ tags: [uno, speculative-decoding]
 
 The base stays as it is. The adapter acts on drafted rows alone: the last token, then {drafts}
 random tokens, causal, give {drafts} drafts beyond the next token. The base checks them, so the text
-is what the base writes without them. On an NVIDIA GPU:
+is what the base writes without them. On an NVIDIA GPU, in this folder:
 
 ```
 python -m sglang.launch_server --model-path {path} \\
-  --speculative-algorithm UNO --uno-lora-path {folder}/adapter \\
+  --speculative-algorithm UNO --uno-lora-path ./adapter \\
   --speculative-num-draft-tokens {block_size}
 ```
 """
@@ -80,8 +80,10 @@ def export_uno(model, tokenizer, final, copy=False):
     """
     check_drafter(model, copy)
     folder = final.parent / "uno"
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"export: {folder} is there already; move it away")
+    with errors_as(f"export: {final / 'adapter/adapter_config.json'} is damaged"):
+        config = json.loads((final / "adapter/adapter_config.json").read_text())
     temporary = final.parent / ".uno.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -90,13 +92,11 @@ def export_uno(model, tokenizer, final, copy=False):
             on_hub = write_base(model, tokenizer, temporary / "base", copy)
             shutil.copytree(final / "adapter", temporary / "adapter")
             settings = temporary / "adapter/adapter_config.json"
-            config = json.loads(settings.read_text())
             config["target_modules"] = sorted({name for _, name, _ in model.adapters})
             settings.write_text(json.dumps(config, indent=1))
             card = CARD.format(
-                base=config["base_model_name_or_path"], folder=folder, drafts=model.block_size - 1,
-                path=on_hub or folder / "base",
-                block_size=model.block_size)
+                base=config["base_model_name_or_path"], drafts=model.block_size - 1,
+                path=on_hub or "./base", block_size=model.block_size)
             (temporary / "README.md").write_text(card)
             os.replace(temporary, folder)
     finally:
