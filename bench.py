@@ -606,7 +606,7 @@ def count_four_bits(model, parts):
     """Correct the bytes of a step for a frozen model in 4 bits, as bitsandbytes keeps it: a scale
     of 8 bits for 64 weights and one of 32 for 256 such scales; one matrix at a time is unpacked."""
     packed = [m.weight for m in probe.decoder_layers(model.lm).modules()
-              if isinstance(m, (nn.Linear, convert.Conv1D)) and not m.weight.requires_grad]
+              if isinstance(m, (nn.Linear, probe.Conv1D)) and not m.weight.requires_grad]
     n, size = sum(w.numel() for w in packed), packed[0].element_size()
     parts["weights"] += n * (1 / 2 + 1 / 64 + 4 / (64 * 256) - size)
     parts["activations"] += size * max(w.numel() for w in packed)
