@@ -1,6 +1,6 @@
 """What each choice of the recipe is worth: the world of config/tiny.py, equal tokens, three seeds.
 
-  python assets/recipe.py assets/recipe.jsonl    # about an hour of two idle CPU cores
+  python assets/recipe.py assets/recipe.jsonl    # over an hour of two idle CPU cores
   python assets/recipe.py my.jsonl --seeds=1 --jobs=4 --only=schedule
 
 For each seed an AR model is trained, and converted once for each choice, in STEPS steps. A row is
