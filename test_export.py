@@ -225,8 +225,10 @@ def test_a_user_chooses_the_attention_and_the_dtype(tmp_path, kernel, dtype):
 
 
 @cases("problem,arguments", [
-    ("num_beams: works with mode='ar'", {"num_beams": 2}),
+    ("num_beams: is no argument here; mode='ar'", {"num_beams": 2}),
     ("mode: must be diffusion", {"mode": "fast"}),
+    ("order: must be confidence or .*, not 'x'", {"order": "x"}),
+    ("steps: must be 1 or more, not 0", {"steps": 0}),
     ("mode: verify needs a block model", {"mode": "verify"}),
     ("max_new_tokens: prompt and text have 65 tokens", {"max_new_tokens": 60}),
     ("attention_mask: prompts must be padded on the left", {"attention_mask": torch.tensor(
