@@ -7,8 +7,6 @@ import json
 import random
 import shlex
 import signal
-import time
-from collections import Counter
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ import processes
 from configurator import RunError, UserError, errors_as, first_line
 from convert import generate
 from corpus import encode_prompt, end_ids, end_of, opening, world
+from drafting import decode_in_turns
 from evaluation import cut_holes, fill_holes
 from history import before_and_after, is_number, read_run, shares
 from machine import eagerly
@@ -25,7 +24,6 @@ from replay import text_after
 from report import report_on_run
 from runs import write_whole
 from terminal import duration, quoted_text
-from verify import decode_verified
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,27 +72,21 @@ def write_all(model, tokenizer, prompts, n_new):
 def race(model, tokenizer, prompts, n_new):
     """Plain AR decoding of prompts, and for a block model verified decoding in turns with it: (the
     AR texts as lists of ids, figures)."""
-    ends, drafts = end_ids(model.lm, tokenizer), min(3, model.block_size - 1)
-    modes = {0: [], drafts: []} if model.block_size else {0: []}
-    seconds, counts = dict.fromkeys(modes, 0.0), {n: Counter() for n in modes}
-    for n in modes:  # so that both are timed warm
-        decode_verified(model, prompts[:1], min(8, n_new), n, n + 1, {})
-    for ids in tqdm(prompts, "decoding", disable=None):
-        for n, texts in modes.items():
-            start = time.perf_counter()
-            [new], _ = decode_verified(model, [ids], n_new, n, n + 1, {}, ends, counts=counts[n])
-            seconds[n] += time.perf_counter() - start
-            texts.append(new)
-    plain = [ids[:end_of(ids, ends)] for ids in modes[0]]
+    ends, modes = end_ids(model.lm, tokenizer), {"ar": (0, 0, None)}
+    if model.block_size:
+        n = min(3, model.block_size - 1)
+        modes["drafts"] = n, n + 1, None
+    texts, seconds, counts = decode_in_turns(model, prompts, modes, n_new, {}, ends,
+                                             title="decoding")
+    plain = [ids[:end_of(ids, ends)] for ids in texts["ar"]]
     if not model.block_size:
         return plain, {}
-    equal = sum(a == b for a, b in zip(modes[0], modes[drafts], strict=True))
-    n_tokens = sum(map(len, modes[drafts]))
+    equal = sum(a == b for a, b in zip(texts["ar"], texts["drafts"], strict=True))
+    n_tokens, n = sum(map(len, texts["drafts"])), counts["drafts"]
     return plain, {
-        "tokens_per_forward": n_tokens / counts[drafts]["forwards"], "equal": equal,
-        "texts": len(prompts),
-        "accepted_per_check": counts[drafts]["accepted"] / max(1, counts[drafts]["checks"]),
-        "speed_over_ar": seconds[0] / seconds[drafts]}
+        "tokens_per_forward": n_tokens / n["forwards"], "equal": equal, "texts": len(prompts),
+        "accepted_per_check": n["accepted"] / max(1, n["checks"]),
+        "speed_over_ar": seconds["ar"] / seconds["drafts"]}
 
 
 @torch.no_grad()

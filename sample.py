@@ -23,10 +23,11 @@ import torch
 from configurator import UserError, configure, errors_as, first_line, run, settings_in
 from convert import generate, load_model, read_record
 from corpus import encode_prompt, end_ids, end_of, opening
+from drafting import verify_texts
 from machine import pick_autocast, pick_device, speed_up_sampling
 from model_files import checkpoints
 from replay import text_after, text_with_masks, write_trace
-from verify import reach, verify_texts
+from verify import reach
 
 # --------------------------------------------------------------------------------------------------
 # text

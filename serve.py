@@ -27,9 +27,10 @@ import sample
 from configurator import UserError, check_value, out_of_memory
 from convert import generate, read_record
 from corpus import end_ids
+from drafting import choose
 from machine import speed_up_sampling
 from replay import text_after
-from verify import choose, decode_verified, reach
+from verify import decode_verified, reach
 
 BODY, NEW, ALL = 2**16, 1024, 4096  # at most: bytes of a request, new tokens, tokens in all
 NAMES = ("prompt chat max_new_tokens stop_at_eos steps order threshold remask temperature top_k "

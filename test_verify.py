@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import convert
+import drafting
 import machine
 import verify
 from test_convert import (
@@ -66,12 +67,12 @@ def test_the_plan_takes_what_gives_most_tokens_a_second_and_plain_decoding_if_no
     always = Counter(checks=9) + Counter({("tried", d): 9 for d in (1, 2, 3)})
     all_right = always + Counter({("stood", d): 9 for d in (1, 2, 3)})
     flat, steep = [(1, 1.0), (16, 1.0)], [(1, 1.0), (2, 2.0), (16, 16.0)]
-    assert verify.make_plan(steep, ways)(Counter()) == (3, 4), "first it learns"
-    assert verify.make_plan(steep, ways)(always) == (0, 0)
-    assert verify.make_plan(steep, ways)(all_right) == (0, 0), "16 rows for 4 tokens"
-    assert verify.make_plan(flat, ways)(all_right) == (3, 4)
+    assert drafting.make_plan(steep, ways)(Counter()) == (3, 4), "first it learns"
+    assert drafting.make_plan(steep, ways)(always) == (0, 0)
+    assert drafting.make_plan(steep, ways)(all_right) == (0, 0), "16 rows for 4 tokens"
+    assert drafting.make_plan(flat, ways)(all_right) == (3, 4)
     # 4 rows for 1 + 3 tokens, then 4 rows for the next: passes of their own for drafts
-    assert verify.make_plan([(1, 1.0), (4, 1.1), (5, 9.0)], ways)(all_right) == (3, 0)
+    assert drafting.make_plan([(1, 1.0), (4, 1.1), (5, 9.0)], ways)(all_right) == (3, 0)
 
 
 def test_a_tree_holds_the_likeliest_paths_and_each_node_sees_its_ancestors():
@@ -165,18 +166,18 @@ def test_chosen_drafts_change_in_the_middle_and_stay_within_the_model(monkeypatc
     s = SimpleNamespace(drafts=0, branches=-1, tree=0, compare=True, verify_batch=1, seed=3,
                         max_new_tokens=64 - 36 - verify.reach(model))
     [plain], _ = verify.decode_verified(model, [prompt], s.max_new_tokens, 0, 0, {})
-    seen, make_plan = [], verify.make_plan
+    seen, make_plan = [], drafting.make_plan
 
     def plan_in_turns(costs, ways):
         plan = make_plan(costs, ways)
         return lambda counts: seen.append(plan(counts)) or [(3, 4), (0, 0), (2, 0)][len(seen) % 3]
 
-    monkeypatch.setattr(verify, "make_plan", plan_in_turns)
-    [found], figures = verify.verify_texts(model, [prompt], {}, [], s)
+    monkeypatch.setattr(drafting, "make_plan", plan_in_turns)
+    [found], figures = drafting.verify_texts(model, [prompt], {}, [], s)
     assert found == plain and figures["equal"] == 1 and seen[0] == (3, 4)
     for drafts, branches, tree, expected in ((2, 1, 0, (2, 1)), (0, -1, 5, (3, 4)),
                                              (1, -1, 5, (1, 2))):
         s.drafts, s.branches, s.tree = drafts, branches, tree
-        assert verify.choose(model, s, 36) == (*expected, None)
+        assert drafting.choose(model, s, 36) == (*expected, None)
     s.drafts, s.branches, s.tree = 0, 8, 0  # more than there are places for
-    assert verify.choose(model, s, 64)[2](Counter()) == (3, 4)
+    assert drafting.choose(model, s, 64)[2](Counter()) == (3, 4)
